@@ -1,0 +1,279 @@
+"""Every common flag, and how a YAML table, a method's defaults and the command line combine.
+
+A table row becomes command-line words placed before the user's own, so that argparse checks types, choices and unknown names
+for both, and the user's flag wins. Below both stand the method's DEFAULTS, below those the defaults here, which are Feather's
+example run (CIFAR-100). Importing this parses nothing.
+"""
+
+import argparse
+import difflib
+import json
+from pathlib import Path
+
+import yaml
+
+import data
+import methods
+
+# These say where and on what a run runs, not what it computes: they may differ when a run is continued or looked up.
+PLACE = ['out', 'resume', 'config', 'row', 'sname', 'data_dir', 'no_download', 'workers', 'device', 'gpu', 'no_cuda']
+ROW_KEYS = ['id', 'paper', 'minutes', 'note']  # of a table row, beside flags
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be 1 or more, got {text}')
+    return value
+
+
+def count(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'must be 0 or more, got {text}')
+    return value
+
+
+def nonnegative(text):
+    value = float(text)
+    if not 0 <= value < float('inf'):
+        raise argparse.ArgumentTypeError(f'must be 0 or more and finite, got {text}')
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'is a fraction of zeros and must lie between 0 and 1, got {text}')
+    return value
+
+
+def common_parser():
+    parser = Parser(prog='main.py', description='Train and sparsify a network.', add_help=False, allow_abbrev=False)
+    switch = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group('what is run').add_argument
+    add('--method', default='feather', help='one of: ' + ', '.join(methods.names()) + ' (default: %(default)s)')
+    add(
+        '--model',
+        default='resnet20',
+        help='network of archs/: resnet20 to resnet110, mobilenet_v1, densenet, wrn<depth>_<k>, vgg16, vgg19, lenet300_100, resnet18, resnet50 (default: %(default)s)',
+    )
+    add('--width', type=positive, help='channels of the first stage of a CIFAR ResNet (default: 32; He et al. have 16)')
+    add('--dropout', type=nonnegative, default=0.0, help='dropout rate of a wide ResNet (default: %(default)s)')
+    add('--bn-momentum', type=nonnegative, help="momentum of batch norm's running statistics (default: PyTorch's 0.1)")
+    add('--ptarget', type=fraction, default=0.95, help='final target pruning ratio, a fraction of zeros (default: %(default)s)')
+    add('--pthres', type=count, default=0, help='prune only layers with at least so many weights (default: %(default)s)')
+
+    add = parser.add_argument_group('data').add_argument
+    add('--dataset', choices=list(data.DATASETS), default='cifar100', help='(default: %(default)s)')
+    add('--data-dir', default='./data', help='folder of the datasets, in the layout of torchvision (default: %(default)s)')
+    add('--no-download', action='store_true', help='fail when the dataset is not there, instead of downloading it')
+    add('--limit-train', type=positive, metavar='N', help='train on the first N images only')
+    add(
+        '--val-size',
+        type=count,
+        default=0,
+        metavar='N',
+        help='set the last N training images aside for validation (default: %(default)s)',
+    )
+    add('--pad', type=count, help='random crops from images padded by so many pixels (default: 4 for CIFAR, else 0)')
+    add('--pad-mode', choices=['zeros', 'edge', 'reflect'], help='what the padding holds (default: zeros)')
+    add('--flip', action=switch, help='random horizontal flips (default: for CIFAR and ImageNet)')
+    add('--mean', type=float, nargs='+', help="normalisation, a value a channel (default: the dataset's in data.py)")
+    add('--std', type=float, nargs='+', help="normalisation, a value a channel (default: the dataset's in data.py)")
+    add('--drop-last', action=switch, default=False, help='leave out the last, smaller batch of an epoch')
+    add(
+        '--workers',
+        type=count,
+        nargs='?',
+        const=8,
+        default=0,
+        help='loader processes for ImageNet; the small datasets stay in memory and need none (default: %(default)s; the bare switch means 8)',
+    )
+
+    add = parser.add_argument_group('training').add_argument
+    add('--epochs', type=positive, default=160, help='number of epochs of the main training stage (default: %(default)s)')
+    add('--batch-size', type=positive, default=128, help='(default: %(default)s)')
+    add('--lr', type=nonnegative, default=0.1, help='initial learning rate (default: %(default)s)')
+    add('--lr-schedule', choices=['cosine', 'multistep', 'constant'], default='cosine', help='(default: %(default)s)')
+    add('--lr-restarts', type=count, default=0, help='warm restarts of the cosine, evenly spread (default: %(default)s)')
+    add(
+        '--lr-milestones',
+        type=fraction,
+        nargs='+',
+        default=[0.5, 0.75],
+        metavar='SHARE',
+        help='shares of training after which multistep decays (default: 0.5 0.75)',
+    )
+    add('--lr-gamma', type=nonnegative, default=0.1, help='factor of each multistep decay (default: %(default)s)')
+    add(
+        '--lr-update',
+        choices=['step', 'epoch'],
+        default='step',
+        help='how often the learning rate changes (default: every %(default)s)',
+    )
+    add('--warmup-epochs', type=nonnegative, default=0.0, help='linear warm-up of the learning rate (default: %(default)s)')
+    add('--optimizer', choices=['sgd', 'adam'], default='sgd', help='(default: %(default)s)')
+    add('--momentum', type=nonnegative, default=0.9, help='of SGD (default: %(default)s)')
+    add('--nesterov', action=switch, default=False, help='Nesterov momentum')
+    add('--wd', type=nonnegative, default=5e-4, help='weight decay (default: %(default)s)')
+    add('--wd-all', action=switch, default=False, help='decay biases and batch norm too (default: weights only)')
+    add('--clip', type=nonnegative, default=3.0, help='clip the gradient to this norm, 0 for never (default: %(default)s)')
+    add('--label-smoothing', type=nonnegative, default=0.0, help='(default: %(default)s)')
+    add('--seed', type=count, default=0, help='of weights, order and augmentation (default: %(default)s)')
+
+    add = parser.add_argument_group('speed').add_argument
+    add('--gpu', type=count, default=0, metavar='ID', help='GPU device id (default: %(default)s)')
+    add('--no-cuda', action='store_true', help='run on the CPU even where there is a GPU')
+    add('--device', help='cpu, cuda, cuda:1, ...; overrides --gpu and --no-cuda (default: the GPU if there is one)')
+    add('--amp', action=switch, default=False, help='bfloat16 autocast in training; evaluation stays in float32')
+    add('--channels-last', action=switch, default=False, help='channels-last memory format, faster with --amp')
+    add('--compile', action=switch, default=False, help='torch.compile the training forward')
+
+    add = parser.add_argument_group('run').add_argument
+    add('--sname', help='name at the end of the run folder (default: method_model)')
+    add(
+        '--out', metavar='DIR', help="the run's folder; a run interrupted there is continued (default: runs/<datetime>_<sname>)"
+    )
+    add('--resume', metavar='DIR', help='continue the run in this folder with the arguments it was started with')
+    add('--config', metavar='FILE', help='a YAML table; see --row')
+    add('--row', metavar='ID', help='the row of --config to run')
+    return parser
+
+
+def parse(argv):
+    """The command line (a list of words) -> Namespace. Usage errors print one sentence and exit with status 2."""
+    parser = common_parser()
+    parser.add_argument('-h', '--help', action='store_true', help='show this help, with the flags of the chosen --method')
+    first, _ = parser.parse_known_args(argv)
+    if first.resume:
+        return resumed(parser, argv)
+    try:
+        words = config_words(first, parser) + argv
+        method = methods.load(parser.parse_known_args(words)[0].method)
+    except ValueError as error:
+        parser.error(str(error))
+    group = parser.add_argument_group(f'--method {method.__module__.split(".")[-1]}')
+    method.add_args(group)
+    parser.set_defaults(**method.DEFAULTS)
+    if first.help:
+        parser.print_help()
+        parser.exit()
+    check_words(parser, words[: len(words) - len(argv)], first)
+    args = parser.parse_args(words)
+    del args.help
+    for knob in ('pad', 'pad_mode', 'flip', 'mean', 'std'):  # the dataset's defaults, so that args.json shows what was used
+        if getattr(args, knob) is None:
+            setattr(args, knob, data.DATASETS[args.dataset][knob])
+    channels = data.DATASETS[args.dataset]['in_channels']
+    args.mean, args.std = list(args.mean), list(args.std)
+    if len(args.mean) != channels or len(args.std) != channels:
+        parser.error(f'--mean and --std take one value for each of the {channels} channels of {args.dataset}')
+    if min(args.std) <= 0:
+        parser.error('--std must be positive')
+    if args.dropout >= 1:
+        parser.error('--dropout must be below 1')
+    args.sname = args.sname or f'{args.method}_{args.model}'
+    return args
+
+
+def resumed(parser, argv):
+    """The arguments a run folder was started with; only PLACE flags may be given anew."""
+    folder = Path(parser.parse_known_args(argv)[0].resume)
+    try:
+        args = argparse.Namespace(**json.loads((folder / 'args.json').read_text()))
+    except (OSError, ValueError, TypeError):
+        parser.error(f'--resume {folder}: no readable args.json there, so this is not the folder of a run')
+    given = {word.split('=')[0] for word in argv if word.startswith('--')}
+    flags = {'--' + name.replace('_', '-') for name in PLACE}
+    if given - flags:
+        parser.error(f'--resume takes its arguments from {folder}/args.json; leave out {", ".join(sorted(given - flags))}')
+    now = parser.parse_args(argv)
+    for name in PLACE:
+        if '--' + name.replace('_', '-') in given:
+            setattr(args, name, getattr(now, name))
+    args.out, args.resume = str(folder), str(folder)
+    return args
+
+
+def differences(old, new):
+    """The arguments, as lines `--name old -> new`, in which two runs (dicts) compute something different."""
+    names = sorted((old.keys() | new.keys()) - set(PLACE))
+    return [
+        f'--{name.replace("_", "-")} {old.get(name)} -> {new.get(name)}' for name in names if old.get(name) != new.get(name)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+
+
+def load_table(path):
+    """A YAML table -> {'defaults': {...}, 'seeds': [...], 'rows': [...]}. Raises ValueError, one sentence, for a faulty one."""
+    try:
+        table = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f'cannot read the config {path}: {error.strerror}') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is no valid YAML: {" ".join(str(error).split())}') from None
+    if not isinstance(table, dict) or not isinstance(table.get('rows'), list) or not table['rows']:
+        raise ValueError(f'{path}: a table needs `rows`, a list of rows with an `id` each')
+    if unknown := set(table) - {'title', 'defaults', 'seeds', 'rows'}:
+        raise ValueError(f'{path}: unknown key {sorted(map(str, unknown))[0]!r}; a table has title, defaults, seeds and rows')
+    table = {'title': Path(path).stem, 'defaults': {}, 'seeds': [0]} | table
+    if not isinstance(table['defaults'], dict) or not isinstance(table['seeds'], list) or not table['seeds']:
+        raise ValueError(f'{path}: `defaults` is a mapping of flags, `seeds` a list of whole numbers')
+    if not all(isinstance(seed, int) and seed >= 0 for seed in table['seeds']):
+        raise ValueError(f'{path}: `seeds` is a list of whole numbers')
+    ids = [row.get('id') if isinstance(row, dict) else None for row in table['rows']]
+    for name in ids:
+        if not isinstance(name, str) or not name or set(name) & set('/\\ \t\n') or name.startswith('.'):
+            raise ValueError(f'{path}: every row needs an `id` that can be a file name, got {name!r}')
+        if ids.count(name) > 1:
+            raise ValueError(f'{path}: two rows have the id {name!r}')
+    return table
+
+
+def row_words(table, row):
+    """A row over the table's defaults as command-line words."""
+    words = []
+    for key, value in (table['defaults'] | {k: v for k, v in row.items() if k not in ROW_KEYS}).items():
+        flag = '--' + str(key).replace('_', '-')
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace('--', '--no-', 1))
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f'{flag}={value}')
+    return words
+
+
+def config_words(first, parser):
+    """The words of --config and --row, or none."""
+    if first.config is None:
+        if first.row is not None:
+            raise ValueError('--row names a row of a table: give the table with --config')
+        return []
+    table = load_table(first.config)
+    rows = {row['id']: row for row in table['rows']}
+    if first.row is None and len(rows) > 1:
+        raise ValueError(f'{first.config} has {len(rows)} rows; choose one with --row: {", ".join(rows)}')
+    name = first.row if first.row is not None else next(iter(rows))
+    if name not in rows:
+        raise ValueError(f'{first.config} has no row {name!r}; its rows are {", ".join(rows)}')
+    return [f'--seed={table["seeds"][0]}', *row_words(table, rows[name])]
+
+
+def check_words(parser, words, first):
+    """An unknown key of a table is the table's fault: say so, and which key may have been meant."""
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for flag in (word.split('=')[0] for word in words if word.startswith('--')):
+        if flag not in flags or flag in ('--config', '--row', '--resume', '--out'):
+            near = difflib.get_close_matches(flag, flags, 1)
+            hint = f' (did you mean {near[0][2:]}?)' if near else ''
+            parser.error(f'{first.config}: unknown key {flag[2:]!r}{hint}')

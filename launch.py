@@ -1,0 +1,113 @@
+"""Run the rows of tables, one after another:
+
+    ./launch CONFIG... [--list] [--record] [--row ID] [--seed N] [--runs DIR] [flags of main.py]
+
+CONFIG is a YAML file, its name without .yaml, or a folder of them. Each row and seed runs main.py into
+runs/<table>/<row>-s<seed>. A finished run with the same arguments is skipped, an interrupted one continued, and a row that
+fails does not stop the others. Flags of main.py go to every row and win over the table's.
+
+--list     print the rows, their state and expected time; run nothing
+--record   add the finished rows to results/runs.jsonl and rewrite results/<table>.md
+--row ID   only this row     --seed N   only this seed     --runs DIR   instead of runs/
+
+The exit status is 0 only if every row asked for is finished.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import args as arguments
+import record
+from results import table as tables
+
+HERE = Path(__file__).resolve().parent
+
+
+def main():
+    words = sys.argv[1:]
+    first_flag = next((i for i, word in enumerate(words) if word.startswith('-')), len(words))
+    names, flags = words[:first_flag], words[first_flag:]
+    parser = arguments.Parser(prog='launch', add_help=False, allow_abbrev=False)
+    parser.add_argument('--list', action='store_true')
+    parser.add_argument('--record', action='store_true')
+    parser.add_argument('--row')
+    parser.add_argument('--seed', type=arguments.count)
+    parser.add_argument('--runs', type=Path, default=Path('runs'))
+    if not names:
+        parser.exit(0 if flags in (['-h'], ['--help']) else 2, __doc__)
+    options, flags = parser.parse_known_args(flags)
+    try:
+        jobs = [(path, expand(path, options, flags)) for name in names for path in find(name)]
+    except ValueError as error:
+        parser.error(str(error))
+    if not any(rows for _, rows in jobs):
+        parser.exit(1, f'launch: nothing matched {" ".join(words)}\n')
+    for path, rows in jobs:
+        if options.list:
+            list_rows(path, rows)
+        else:
+            run_rows(path, rows, options.record)
+    unfinished = [str(out) for _, rows in jobs for _, _, out, words in rows if state_of(out, words) != 'finished']
+    if unfinished and not options.list:
+        parser.exit(1, f'launch: {len(unfinished)} of {sum(len(rows) for _, rows in jobs)} failed: {", ".join(unfinished)}\n')
+
+
+def find(name):
+    """The YAML files that a word of the command line means."""
+    for path in (Path(name), Path(f'{name}.yaml'), HERE / 'configs' / name, HERE / 'configs' / f'{name}.yaml'):
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            return sorted(path.rglob('*.yaml'))
+    raise ValueError(f'there is no config {name!r}: give a YAML file, its name without .yaml, or a folder of them')
+
+
+def expand(path, options, flags):
+    """[(row, seed, run folder, words for main.py)] of a table, as far as --row and --seed ask for them."""
+    table, rows = arguments.load_table(path), []
+    for row in table['rows']:
+        for seed in table['seeds'] if options.seed is None else [options.seed]:
+            if options.row in (None, row['id']):
+                out = options.runs / tables.name_of(path) / f'{row["id"]}-s{seed}'
+                rows.append(
+                    (row, seed, out, [f'--config={path}', f'--row={row["id"]}', *flags, f'--seed={seed}', f'--out={out}'])
+                )
+    return rows
+
+
+def state_of(out, words):
+    """What the run folder holds. A row that main.py would refuse ends the program here, with main.py's sentence."""
+    wanted = vars(arguments.parse(words))
+    have, result = record.read_json(out / 'args.json'), record.read_json(out / 'result.json')
+    if have is None:
+        return 'not run'
+    if arguments.differences(have, wanted):
+        return 'other arguments'
+    if result is None:
+        return 'interrupted' if (out / 'checkpoint.pt').exists() else 'not run'
+    return 'finished' if result.get('status') == 'finished' else f'failed: {result.get("reason")}'
+
+
+def list_rows(path, rows):
+    print(f'{path}: {len(rows)} runs')
+    width = max(len(row['id']) for row, *_ in rows) if rows else 0
+    for row, seed, out, words in rows:
+        minutes = f'{row["minutes"]:g} min' if 'minutes' in row else 'time not known'
+        print(f'  {row["id"]:<{width}}  seed {seed}  {minutes:>14}  {state_of(out, words)}')
+
+
+def run_rows(path, rows, keep):
+    states = [state_of(out, words) for _, _, out, words in rows]  # all of them first: a typo in the last row shows at once
+    for number, ((row, seed, out, words), state) in enumerate(zip(rows, states, strict=True), 1):
+        print(f'[{number}/{len(rows)}] {tables.name_of(path)} {row["id"]}, seed {seed}: {state}', flush=True)
+        if state != 'finished':
+            subprocess.run([sys.executable, HERE / 'main.py', *words], check=False)
+    results = tables.of_folders([(row['id'], seed, out) for row, seed, out, _ in rows])
+    if keep:
+        tables.keep(tables.name_of(path), results)
+    print('\n' + tables.render(path, results), flush=True)
+
+
+if __name__ == '__main__':
+    main()

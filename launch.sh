@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Set up the environment once, then run the rows of a table or the tests:
+#   ./launch configs/quickstart [flags]     a table (a YAML file, its name without .yaml, or a folder of them)
+#   ./launch configs/feather --list         its rows, their state and expected time; runs nothing
+#   ./launch tests [pytest flags]           the test suite
+# Takes the Python that is active (or $PYTHON) when it has what requirements.txt asks for, else makes .venv here.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+satisfied() { # does this Python have everything of requirements.txt?
+  "$1" - <<'CHECK'
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+def numbers(text):
+    return [int(part) for part in re.findall(r'\d+', text.split('+')[0])]
+
+missing = sys.version_info < (3, 10)
+for line in open('requirements.txt'):
+    name, _, bound = line.split('#')[0].strip().partition('>=')
+    try:
+        missing = missing or name and numbers(version(name)) < numbers(bound)
+    except PackageNotFoundError:
+        missing = True
+sys.exit(bool(missing))
+CHECK
+}
+
+python=${PYTHON:-$(command -v python3 || command -v python || true)}
+if [ -z "$python" ]; then
+  echo "launch: there is no python3 on this machine; Python 3.10 or later is needed" >&2
+  exit 1
+fi
+if ! satisfied "$python"; then
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "launch: Python 3.10 or later is needed, $python is $("$python" -V 2>&1); name another with PYTHON=..." >&2
+    exit 1
+  fi
+  if ! { [ -x .venv/bin/python ] && satisfied .venv/bin/python; }; then
+    echo "launch: installing requirements.txt into .venv (once; PyTorch is large, this takes a few minutes)"
+    "$python" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  fi
+  python=.venv/bin/python
+fi
+
+if [ "${1:-}" = tests ]; then
+  shift
+  exec "$python" -m pytest "$@"
+fi
+exec "$python" launch.py "$@"

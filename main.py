@@ -1,0 +1,223 @@
+"""Train and sparsify one network: parse, seed, data, model, method, train, evaluate, record.
+
+python main.py --model=resnet20 --ptarget=0.99                  Feather on CIFAR-100, as its paper's repository runs it
+python main.py --method dense --dataset digits --epochs 15      the dense control, on data that needs no download
+python main.py --config configs/quickstart.yaml --row feather-90
+"""
+
+import contextlib
+import math
+import shlex
+import sys
+import time
+from argparse import Namespace
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import archs
+import methods
+import record
+from args import parse
+from data import DataError, load
+from sparse_utils import count_zeros
+
+
+def main(argv=None):
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        device = pick_device(args)
+        torch.manual_seed(args.seed)
+        data = load(args, device)
+        model = archs.build(
+            args.model, data.num_classes, args.width, data.in_channels, data.image_size, args.dropout, args.bn_momentum
+        )
+        method = methods.load(args.method)(args)
+        folder, lock = record.open_run(args)  # the lock is held until the process ends
+    except (DataError, record.RunError, ValueError, RuntimeError) as error:
+        sys.exit(f'main.py: error: {error}')
+    if result := record.finished(folder):
+        return record.report(result, folder)
+    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    record.say(f'{args.method} on {args.model}, {args.dataset}, {record.hardware(device)}; writes to {folder}')
+    try:
+        job = Job(args, model, data, device, folder)
+        method.run(job)
+        model = method.finalize(job.model)
+        record.save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, folder / 'model.pt')
+        result = record.measure(job, method, model)
+        record.write_json(result, folder / 'result.json')
+    except KeyboardInterrupt:
+        sys.exit(f'interrupted; continue with: python main.py --resume {shlex.quote(str(folder))}')
+    except Exception as error:
+        reason = str(error) if isinstance(error, record.RunError) else f'{type(error).__name__}: {error}'
+        record.write_json({'status': 'failed', 'reason': reason, 'args': vars(args)}, folder / 'result.json')
+        if isinstance(error, (record.RunError, ValueError)):
+            sys.exit(f'main.py: error: {error}')
+        raise
+    record.report(result, folder)
+
+
+class Job:
+    """What method.run(job) works with: args, model, device, the loaders train, val (or None) and test, fit and evaluate."""
+
+    def __init__(self, args, model, data, device, folder):
+        self.args, self.model, self.device, self.folder = args, model, device, folder
+        self.train, self.val, self.test, self.source = data.train, data.val, data.test, data.source
+        self.done = {'epochs': 0, 'seconds': 0.0, 'best': 0.0}  # over all stages
+        self.writer = None
+
+    def fit(self, method, stage='train', **changes):
+        """Train one stage; `changes` replace arguments: fit(method, 'finetune', epochs=20, lr=0.001).
+
+        A stage of this name that is finished is loaded instead, one that was interrupted is continued: a pipeline that is run
+        again from its start does the right thing. Stage names must differ within a pipeline.
+        """
+        args = Namespace(**vars(self.args) | changes)
+        model, device, batches = self.model, self.device, len(self.train)
+        method.prepare(model, args.epochs * batches)
+        optimizer = make_optimizer(args, method.param_groups(model))
+        criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+        autocast = torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
+        example = next(iter(self.test))[0][:1]
+        method.attach(Namespace(model=model, optimizer=optimizer, criterion=criterion, autocast=autocast, example=example))
+        start = self.restore(method, optimizer, stage)
+        forward = torch.compile(model) if args.compile else model
+        for epoch in range(start, args.epochs):
+            began, total = time.perf_counter(), torch.zeros((), device=device)
+            model.train()
+            self.train.set_epoch(self.done['epochs'])
+            progress = tqdm(self.train, f'{stage} {epoch + 1}/{args.epochs}', leave=False, disable=None)
+            for step, (images, labels) in enumerate(progress, epoch * batches):
+                method.before_step(step)
+                with autocast:
+                    loss = criterion(forward(images), labels)
+                extra = method.loss()
+                total += loss.detach() * len(labels)
+                optimizer.zero_grad()
+                (loss if extra is None else loss + extra).backward()
+                method.after_backward(step)
+                if args.clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+                factor = lr_factor(args, step, batches)
+                for group in optimizer.param_groups:
+                    group['lr'] = group['initial_lr'] * factor
+                optimizer.step()
+                method.after_step(step, (images, labels))
+            method.after_epoch(epoch)
+            line = {'stage': stage, 'epoch': epoch + 1, 'epochs': args.epochs, 'loss': total.item() / self.train.num_images}
+            if not math.isfinite(line['loss']):
+                raise record.RunError(
+                    f'the loss is {line["loss"]} in epoch {epoch + 1} of {stage}: try a lower --lr than {args.lr:g}'
+                )
+            line['images_per_second'] = round(self.train.num_images / (time.perf_counter() - began), 1)
+            line['accuracy'] = self.evaluate(self.test)
+            if self.val is not None:
+                line['val_accuracy'] = self.evaluate(self.val)
+            zeros, weights = record.totals(count_zeros(model, args.pthres))
+            line |= {'sparsity': zeros / weights, 'lr': args.lr * factor, **method.metrics()}
+            line['seconds'] = round(time.perf_counter() - began, 3)
+            self.end_epoch(line)
+            self.save(method, optimizer, stage, epoch + 1)
+
+    def evaluate(self, loader):
+        """Accuracy in percent over a loader, in float32 and eval mode; the model's modes are afterwards as before."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            for images, labels in loader:
+                correct += (self.model(images).argmax(1) == labels).sum()
+        for module, training in modes:
+            module.training = training
+        return 100 * correct.item() / loader.num_images
+
+    def end_epoch(self, line):
+        """Count the epoch, and write its line to log.jsonl, to TensorBoard and to the terminal."""
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, so not at the top
+
+        record.log(self.folder, line, self.done['epochs'])
+        self.done['epochs'] += 1
+        self.done['seconds'] += line['seconds']
+        self.done['best'] = max(self.done['best'], line['accuracy'])
+        self.writer = self.writer or SummaryWriter(self.folder, purge_step=self.done['epochs'])
+        for name, value in line.items():
+            if name not in ('stage', 'epoch', 'epochs'):
+                self.writer.add_scalar(name, value, self.done['epochs'])
+        self.writer.flush()
+        record.say(
+            f'{line["stage"]} {line["epoch"]:>{len(str(line["epochs"]))}}/{line["epochs"]}  loss {line["loss"]:.4f}  '
+            f'accuracy {line["accuracy"]:.2f} %  sparsity {100 * line["sparsity"]:.2f} %  {line["seconds"]:.1f} s'
+        )
+
+    def save(self, method, optimizer, stage, epoch):
+        """The checkpoint: all that the rest of the run depends on."""
+        state = {'stage': stage, 'epoch': epoch, 'done': self.done, 'rng': torch.get_rng_state()}
+        state |= {'model': self.model.state_dict(), 'optimizer': optimizer.state_dict(), 'method': method.state_dict()}
+        if self.device.type == 'cuda':
+            state['cuda_rng'] = torch.cuda.get_rng_state(self.device)
+        record.save(state, self.folder / 'checkpoint.pt')
+
+    def restore(self, method, optimizer, stage):
+        """Load what there is of this stage and return the epoch to go on with, 0 for none."""
+        ended, current = self.folder / f'stage-{stage}.pt', self.folder / 'checkpoint.pt'
+        if ended.exists():
+            state = record.load(ended, self.device)
+        elif current.exists():
+            state = record.load(current, self.device)
+            if state['stage'] != stage:  # the stage before has ended: keep its end, and start this one
+                current.rename(self.folder / f'stage-{state["stage"]}.pt')
+                return 0
+        else:
+            return 0
+        self.model.load_state_dict(state['model'])
+        optimizer.load_state_dict(state['optimizer'])
+        method.load_state_dict(state['method'])
+        torch.set_rng_state(state['rng'].cpu())
+        if 'cuda_rng' in state and self.device.type == 'cuda':
+            torch.cuda.set_rng_state(state['cuda_rng'].cpu(), self.device)
+        self.done = state['done']
+        return state['epoch']
+
+
+def pick_device(args):
+    """--device, or the GPU number --gpu where there is one, else the CPU."""
+    if args.device is None and (args.no_cuda or not torch.cuda.is_available()):
+        record.say('running on the CPU' + ('' if args.no_cuda else ': PyTorch finds no CUDA device'))
+        return torch.device('cpu')
+    device = torch.device(args.device or f'cuda:{args.gpu}')
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f'there is no device {device}: PyTorch finds {torch.cuda.device_count()} CUDA devices')
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+def make_optimizer(args, groups):
+    """SGD or Adam over the method's parameter groups; a group without an `lr` has --lr."""
+    if args.optimizer == 'adam':
+        optimizer = torch.optim.Adam(groups, args.lr)
+    else:
+        optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum, nesterov=args.nesterov)
+    for group in optimizer.param_groups:
+        group['initial_lr'] = group['lr']
+    return optimizer
+
+
+def lr_factor(args, step, batches):
+    """The learning rate at a step, as a share of its initial value: a pure function, so there is no state to resume."""
+    if args.lr_update == 'epoch':
+        step = step // batches * batches
+    total, warmup = args.epochs * batches, args.warmup_epochs * batches
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if args.lr_schedule == 'multistep':
+        return args.lr_gamma ** sum(step >= milestone * total for milestone in args.lr_milestones)
+    if args.lr_schedule == 'cosine':
+        cycle = (total - warmup) / (args.lr_restarts + 1)
+        return 0.5 * (1 + math.cos(math.pi * ((step - warmup) % cycle) / cycle))
+    return 1.0
+
+
+if __name__ == '__main__':
+    main()

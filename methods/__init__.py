@@ -1,0 +1,86 @@
+"""The protocol that every method follows, and how one is found: `--method x` is the class `Method` in methods/x.py.
+
+Adding a method is adding a file. Only what a paper changes is overridden; the loop in main.py calls the hooks in the order in
+which they stand here.
+"""
+
+import difflib
+import importlib
+import pkgutil
+
+
+class Method:
+    """Dense training, and the base of every method."""
+
+    DEFAULTS = {}  # flag defaults of the paper's example run, over those of args.py: {'epochs': 60, 'lr': 0.1}
+    GIVES = 'zeros'  # 'zeros' in the original network, 'a smaller network', or 'the dense network'
+
+    def __init__(self, args):
+        """args: the parsed command line. Raises ValueError for settings that cannot work together."""
+        self.args = args
+
+    @staticmethod
+    def add_args(parser):
+        """Add the method's own flags: the paper's default, and help that names the paper's symbol."""
+
+    def prepare(self, model, steps):
+        """Change the model for a stage of `steps` steps, before the optimizer exists; safe to call again."""
+
+    def param_groups(self, model):
+        """Parameter groups for the optimizer. Default: no weight decay on biases and norms, unless --wd-all."""
+        parameters = list(model.parameters())
+        decayed = [p for p in parameters if p.dim() > 1 or self.args.wd_all]
+        plain = [p for p in parameters if p.dim() <= 1 and not self.args.wd_all]
+        groups = [{'params': decayed, 'weight_decay': self.args.wd}, {'params': plain, 'weight_decay': 0.0}]
+        return [group for group in groups if group['params']]
+
+    def attach(self, fit):
+        """Once the optimizer exists: fit has model, optimizer, criterion, autocast, example."""
+
+    def before_step(self, step):
+        """Before the forward pass of step 0, 1, ...: thresholds, temperatures."""
+
+    def loss(self):
+        """An extra loss to add to the cross-entropy, or None."""
+
+    def after_backward(self, step):
+        """Between backward and optimizer.step(): gradients may be read and changed."""
+
+    def after_step(self, step, batch):
+        """After optimizer.step(); batch is (images, labels): masks, second passes."""
+
+    def after_epoch(self, epoch):
+        """Before the evaluation that ends the epoch."""
+
+    def metrics(self):
+        """{name: float} to log with the epoch, beside loss, accuracy and sparsity."""
+        return {}
+
+    def finalize(self, model):
+        """Turn the model into plain layers with plain names and exact zeros; returns the model."""
+        return model
+
+    def state_dict(self):
+        """What a resumed run needs and model.state_dict() does not hold: tensors and plain types."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Take back what state_dict() gave, after prepare()."""
+
+    def run(self, job):
+        """One stage of training; pipelines override this with ordinary code over job.fit()."""
+        job.fit(self)
+
+
+def names():
+    """The names that --method takes."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name):
+    """The class `Method` of methods/<name>.py. Raises ValueError for a name that is not there."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f' (did you mean {near[0]}?)' if near else ''
+        raise ValueError(f'unknown method {name!r}{hint}; there are {", ".join(names())}')
+    return importlib.import_module(f'methods.{name}').Method

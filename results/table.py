@@ -1,0 +1,139 @@
+"""Tables out of recorded runs; nobody types a number.
+
+    python results/table.py            rewrite results/<table>.md of every table in configs/ with runs in results/runs.jsonl
+    python results/table.py --check    fail if one of them is not what the runs say
+
+A row shows the mean and the sample standard deviation over its seeds. Accuracy is that of the last epoch on the test set,
+zeros and MACs are counted on the saved network.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import args as arguments  # noqa: E402
+import record  # noqa: E402
+
+CONFIGS, RUNS = HERE.parent / 'configs', HERE / 'runs.jsonl'
+
+
+def name_of(path):
+    """configs/feather/cifar100.yaml -> feather/cifar100; a table from elsewhere goes by its file's name."""
+    path = Path(path).resolve().with_suffix('')
+    return str(path.relative_to(CONFIGS)) if path.is_relative_to(CONFIGS) else path.name
+
+
+def of_folders(runs):
+    """[(row, seed, run folder)] -> {(row, seed): result}, for the runs that have one, failed ones too."""
+    results = {(row, seed): record.read_json(folder / 'result.json') for row, seed, folder in runs}
+    return {key: result for key, result in results.items() if result is not None}
+
+
+def recorded():
+    """results/runs.jsonl -> {table: {(row, seed): result}}; the last line of a run counts."""
+    tables = {}
+    for line in RUNS.read_text().splitlines() if RUNS.exists() else []:
+        entry = json.loads(line)
+        tables.setdefault(entry['table'], {})[entry['row'], entry['seed']] = entry
+    return tables
+
+
+def keep(table, results):
+    """Add the finished results of a table to runs.jsonl, without what belongs to one machine, and rewrite its page."""
+    tables = recorded()
+    for (row, seed), result in results.items():
+        if result['status'] == 'finished':
+            args = {name: value for name, value in result['args'].items() if name not in arguments.PLACE}
+            entry = {'table': table, 'row': row, 'seed': seed} | result | {'args': args}
+            tables.setdefault(table, {})[row, seed] = {key: value for key, value in entry.items() if key != 'layers'}
+    lines = [json.dumps(entry) + '\n' for results in tables.values() for entry in results.values()]
+    record.write_atomically(RUNS, lambda file: file.write(''.join(lines).encode()))
+    write(table, tables.get(table, {}))
+
+
+def page(table, results):
+    """The text of results/<table>.md."""
+    path = CONFIGS / f'{table}.yaml'
+    return f'# {arguments.load_table(path)["title"]}\n\nMade by `./launch configs/{table} --record`.\n\n{render(path, results)}'
+
+
+def write(table, results):
+    path = HERE / f'{table}.md'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(table, results))
+
+
+def render(path, results):
+    """A Markdown table of the rows of a YAML table; rows without a result stay visible."""
+    table = arguments.load_table(path)
+    head = ['row', 'paper', 'accuracy %', 'seeds', 'zeros', 'of weights', 'sparsity %', 'MMACs non-zero', 'of dense', 'minutes']
+    lines, origins = [], []
+    for row in table['rows']:
+        mine = {seed: result for (name, seed), result in results.items() if name == row['id']}
+        runs = [result for result in mine.values() if result['status'] == 'finished']
+        failures = [result['reason'] for result in mine.values() if result['status'] != 'finished']
+        cells = figures(runs) if runs else ['failed' if failures else 'not run'] + [''] * 7
+        if runs:
+            cells.insert(1, ' '.join(str(seed) for seed, result in sorted(mine.items()) if result['status'] == 'finished'))
+            cells[0] += f' ({len(failures)} failed)' if failures else ''
+        else:
+            cells.insert(1, '')
+        lines.append([row['id'], paper(row), *cells[: len(head) - 2]])
+        origins += [f'{run["device"]}, torch {run["torch"]}, commit {run["commit"]}' for run in runs]
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    rule = ['-' * width for width in widths]
+    aligned = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in [head, rule, *lines]]
+    notes = [f'{origin}: {origins.count(origin)} of {len(origins)} runs' for origin in sorted(set(origins))]
+    return (
+        '\n'.join('| ' + ' | '.join(line) + ' |' for line in aligned) + '\n\n' + '\n'.join(f'- {note}' for note in notes) + '\n'
+    )
+
+
+def figures(runs):
+    """The cells of a row from its finished runs."""
+    accuracies = [run['accuracy'] for run in runs]
+    spread = f' ± {statistics.stdev(accuracies):.2f}' if len(runs) > 1 else ''
+    zeros, weights, nonzero, dense = (
+        mean(run[key] for run in runs) for key in ('zeros', 'weights', 'macs_nonzero', 'macs_dense')
+    )
+    return [
+        f'{mean(accuracies):.2f}{spread}',
+        f'{zeros:,.0f}',
+        f'{weights:,.0f}',
+        f'{100 * zeros / weights:.3f}',
+        f'{nonzero / 1e6:.3f}',
+        f'{dense / 1e6:.3f}',
+        f'{mean(run["seconds"] for run in runs) / 60:.1f}',
+    ]
+
+
+def mean(values):
+    return statistics.fmean(values)
+
+
+def paper(row):
+    """The published figures of a row: `paper: 76.03` or `paper: {accuracy: 76.03, mflops: 764}`."""
+    published = row.get('paper', '')
+    return ', '.join(f'{key} {value}' for key, value in published.items()) if isinstance(published, dict) else str(published)
+
+
+def main():
+    tables = {name: results for name, results in recorded().items() if (CONFIGS / f'{name}.yaml').exists()}
+    stale = [name for name, results in tables.items() if not (HERE / f'{name}.md').exists()]
+    stale += [
+        name
+        for name, results in tables.items()
+        if name not in stale and (HERE / f'{name}.md').read_text() != page(name, results)
+    ]
+    if '--check' in sys.argv[1:]:
+        sys.exit(f'not what the recorded runs say: results/{", ".join(stale)}.md' if stale else 0)
+    for name in tables:
+        write(name, tables[name])
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,220 @@
+"""Networks: published sizes, input shapes, gradients, tracing and the errors of archs.build."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import archs
+
+ANY_SIZE = ['resnet20', 'mobilenet_v1', 'densenet', 'wrn16_2', 'resnet18', 'resnet50']  # from 8x8 up
+CONV_NETS = [*ANY_SIZE, 'vgg16']
+ALL_NETS = [*CONV_NETS, 'lenet300_100']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """On inputs this small threads gain nothing, and on a busy machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def require_torchvision(name):
+    """Skip where torchvision is missing (ImportError) or does not match torch (RuntimeError)."""
+    if name not in ('resnet18', 'resnet50'):
+        return
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f'torchvision cannot be imported: {error}')
+
+
+def build(name, num_classes=7, **options):
+    require_torchvision(name)
+    torch.manual_seed(0)
+    if name == 'resnet20':
+        options.setdefault('width', 8)
+    return archs.build(name, num_classes, **options)
+
+
+@pytest.mark.parametrize(
+    'name, num_classes, options, total, prunable',
+    [
+        ('resnet20', 100, {}, 1_096_196, 1_092_960),
+        ('resnet20', 10, {'width': 16}, 272_474, 270_896),
+        ('resnet56', 10, {'width': 16}, 855_770, 851_504),
+        ('mobilenet_v1', 100, {}, 3_315_428, 3_287_488),
+        ('densenet', 100, {}, 714_196, 703_920),
+        ('wrn16_8', 100, {}, 11_012_036, 11_000_240),
+        ('vgg16', 10, {}, 14_724_042, 14_715_584),
+        ('vgg19', 10, {}, 20_035_018, 20_024_000),
+        ('lenet300_100', 10, {'in_channels': 1, 'image_size': 28}, 266_610, 266_200),
+        ('resnet18', 1000, {}, 11_689_512, 11_678_912),
+        ('resnet50', 1000, {}, 25_557_032, 25_502_912),
+    ],
+)
+def test_parameter_counts(name, num_classes, options, total, prunable):
+    require_torchvision(name)
+    with torch.device('meta'):
+        net = archs.build(name, num_classes, **options)
+    weights = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert sum(p.numel() for p in net.parameters()) == total
+    assert sum(w.numel() for w in weights) == prunable
+
+
+@pytest.mark.parametrize('name, convs', [('resnet32', 31), ('resnet44', 43), ('resnet110', 109)])
+def test_resnet_depth(name, convs):
+    with torch.device('meta'):
+        net = archs.build(name, 10, width=16)
+    assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in net.modules()) == convs
+
+
+@pytest.mark.parametrize('name', CONV_NETS)
+@torch.no_grad()
+def test_any_image_size(name):
+    net = build(name).eval()
+    for size in (32, 40) if name == 'vgg16' else (8, 32, 40):
+        assert net(torch.randn(1, 3, size, size)).shape == (1, 7)
+    # a net that flattens with view(-1, C) would return more than two rows here
+    assert net(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
+@pytest.mark.parametrize('name', ALL_NETS)
+@torch.no_grad()
+def test_one_channel(name):
+    net = build(name, in_channels=1).eval()
+    assert net(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_replaced_torchvision_stem_keeps_its_settings():
+    old, new = build('resnet18').conv1, build('resnet18', in_channels=5).conv1
+    assert new.weight.shape == (64, 5, 7, 7)
+    for setting in ('stride', 'padding', 'dilation', 'groups', 'bias'):
+        assert getattr(new, setting) == getattr(old, setting)
+    assert new.weight.std().item() == pytest.approx(old.weight.std().item(), rel=0.05)
+
+
+@pytest.mark.parametrize('name', ALL_NETS)
+def test_backward_reaches_every_parameter(name):
+    net = build(name)
+    net(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    for parameter_name, p in net.named_parameters():
+        assert p.grad is not None, parameter_name
+        assert p.grad.isfinite().all(), parameter_name
+        # biases are not compared with zero: in front of a BatchNorm their gradient is zero up to rounding
+        assert p.ndim == 1 or p.grad.any(), parameter_name
+
+
+@pytest.mark.parametrize('name', ALL_NETS)
+@torch.no_grad()
+def test_eval_output_does_not_depend_on_the_batch(name):
+    net = build(name).double()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.double)
+    net(x)  # moves the BatchNorm statistics off their initial values
+    net.eval()
+    torch.testing.assert_close(net(x)[1:2], net(x[1:2]))
+
+
+@pytest.mark.parametrize('name', ALL_NETS)
+@torch.no_grad()
+def test_fx_trace(name):
+    net = build(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+
+
+@pytest.mark.parametrize('name', ['resnet20', 'wrn10_1', 'lenet300_100'])
+@torch.no_grad()
+def test_export(name):
+    net = build(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), net(x))
+
+
+@torch.no_grad()
+def test_dropout_is_on_in_training_only():
+    net = build('wrn10_1', dropout=0.5)
+    x = torch.randn(2, 3, 8, 8)
+    assert not torch.equal(net(x), net(x))
+    net.eval()
+    assert torch.equal(net(x), net(x))
+    plain = build('wrn10_1').eval()
+    plain.load_state_dict(net.state_dict())
+    assert torch.equal(net(x), plain(x))
+
+
+def test_wrn_shortcut_sees_the_raw_input():
+    block = build('wrn10_1').stage2[0].eval()
+    nn.init.zeros_(block.conv2.weight)
+    nn.init.zeros_(block.conv2.bias)
+    x = -torch.rand(1, 16, 8, 8)  # a ReLU in front of the shortcut would wipe this out
+    assert torch.equal(block(x), block.shortcut(x))
+
+
+def test_bn_momentum():
+    momenta = {m.momentum for m in build('densenet', bn_momentum=0.01).modules() if isinstance(m, nn.BatchNorm2d)}
+    assert momenta == {0.01}
+    momenta = {m.momentum for m in build('densenet').modules() if isinstance(m, nn.BatchNorm2d)}
+    assert momenta == {0.1}
+
+
+@pytest.mark.parametrize('name', archs.names())
+def test_every_listed_name_builds(name):
+    require_torchvision(name)
+    with torch.device('meta'):
+        assert isinstance(archs.build(name, 10), nn.Module)
+
+
+@pytest.mark.parametrize('name', ['resnet21', 'wrn16', 'wrn16_8x', ''])
+def test_unknown_name_lists_the_names(name):
+    with pytest.raises(ValueError, match='unknown network .*') as caught:
+        archs.build(name, 10)
+    for known in [*archs.names(), 'wrn<depth>_<k>']:
+        assert known in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'name, options, message',
+    [
+        ('wrn17_8', {}, 'depth must be 6n'),
+        ('wrn4_8', {}, 'depth must be 6n'),
+        ('wrn16_0', {}, 'widening factor'),
+        ('vgg16', {'width': 16}, 'no width option'),
+        ('wrn16_8', {'width': 16}, 'no width option'),
+        ('resnet18', {'width': 16}, 'no width option'),
+        ('resnet20', {'width': 0}, 'at least 1'),
+        ('resnet20', {'dropout': 0.3}, 'no dropout option'),
+        ('resnet20', {'in_channels': 0}, 'at least 1'),
+        ('vgg16', {'image_size': 28}, 'at least 32x32'),
+    ],
+)
+def test_bad_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        archs.build(name, 10, **options)
+
+
+def test_lenet_takes_one_image_size():
+    net = build('lenet300_100', in_channels=1, image_size=28)
+    assert net(torch.randn(2, 1, 28, 28)).shape == (2, 7)
+    with pytest.raises(ValueError, match='takes images of 784 values, not 3x32x32'):
+        net(torch.randn(2, 3, 32, 32))
+
+
+def test_import_archs_does_not_import_torchvision():
+    code = "import sys, archs; archs.build('resnet20', 10); assert 'torchvision' not in sys.modules"
+    subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parents[1], check=True)
+
+
+@pytest.mark.parametrize('error', ['ImportError', 'RuntimeError'])
+def test_broken_torchvision(error, tmp_path, monkeypatch):
+    (tmp_path / 'torchvision.py').write_text(f"raise {error}('does not fit this torch')")
+    for module in [m for m in sys.modules if m.split('.')[0] == 'torchvision']:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match='resnet18 needs torchvision.*does not fit this torch'):
+        archs.build('resnet18', 10)
