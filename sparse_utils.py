@@ -31,25 +31,29 @@ PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)  # Conv1d to Conv3d, the transpo
 class _Feather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, threshold, p, theta):
+        # P_T(w) = w f with f = (1 - r^p)^(1/p) and r = T / max(|w|, T). Where |w| <= T, r is 1 and f exactly 0; elsewhere the
+        # division rounds below 1, so no kept weight becomes zero; at T = 0, f is 1. All in place: memory traffic is the cost.
         magnitude = weight.abs()
-        prune = magnitude <= threshold
+        ratio = torch.maximum(magnitude, threshold.clamp(min=torch.finfo(weight.dtype).tiny), out=magnitude)
+        ratio = torch.div(threshold, ratio, out=ratio)
+        if p == math.inf:
+            factor = ratio.lt_(1)
+        elif p == 1:
+            factor = ratio.neg_().add_(1)
+        else:  # log1p and exp2 cost half of what pow does
+            factor = ratio.pow_(p).neg_().log1p_().mul_(1 / (p * math.log(2))).exp2_()
         ctx.theta = theta
-        if theta != 1:  # T = 0 prunes nothing, so a weight that happens to be zero keeps its whole gradient too
-            ctx.save_for_backward(prune & (threshold > 0))
-        if p == 1:  # soft thresholding
-            shrunk = weight - weight.sign() * threshold
-        elif p == math.inf:  # hard thresholding
-            shrunk = weight.clone()
-        else:  # in place, since memory traffic is what this costs; T/|w| rounds below 1 wherever |w| > T, so that a kept
-            # weight never becomes zero, as it could if |w|^p - T^p were formed
-            shrunk = torch.div(threshold, magnitude, out=magnitude).pow_(p).neg_().add_(1).pow_(1 / p).mul_(weight)
-        return shrunk.masked_fill_(prune, 0)
+        if theta == 1:
+            return factor.mul_(weight)
+        sparse = weight * factor
+        ctx.save_for_backward(factor.ceil_().mul_(1 - theta).add_(theta))  # 1 where kept, theta where pruned
+        return sparse
 
     @staticmethod
     def backward(ctx, grad):
         if ctx.theta != 1:
-            (prune,) = ctx.saved_tensors
-            grad = torch.where(prune, grad * ctx.theta, grad)
+            (scale,) = ctx.saved_tensors
+            grad = grad * scale
         return grad, None, None, None
 
 
@@ -79,7 +83,7 @@ class Feather(nn.Module):
         self.register_buffer('threshold', torch.zeros(()))
 
     def forward(self, weight):
-        return feather(weight, self.threshold, self.p, self.theta)
+        return _Feather.apply(weight, self.threshold, self.p, self.theta)
 
 
 # ------------------------------------------------------------------------------------------------- the global threshold
@@ -91,20 +95,20 @@ def global_threshold(weights, ratio, previous=None):
     weights: list of tensors, any shapes, one device. ratio in [0, 1]. The n absolute values are ranked together and T lies at
     position (n-1)*ratio, so |w| <= T holds for floor((n-1)*ratio) + 1 weights (more only where magnitudes tie with T).
     previous: a guess of T, for example the last one; it only saves time. Returns a 0-d tensor on the weights' device.
-    Exact, O(n) on a CPU; on a GPU a sort, which is fast there and does not make the host wait.
-    Raises ValueError for no weights, a ratio outside [0, 1], and (CPU) for NaN or infinite weights.
+    Exact. O(n) on a CPU, a few passes over pieces that fit the cache; on a GPU a sort, which the host does not wait for.
+    Raises ValueError for no weights, a ratio outside [0, 1], and (on a CPU, without `previous`) NaN or infinite weights.
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f'ratio must lie in [0, 1], got {ratio}')
-    magnitude = torch.cat([_flat(w.detach()) for w in weights]).abs_() if weights else torch.empty(0)
-    n = magnitude.numel()
+    weights = [_flat(weight.detach()) for weight in weights]
+    n = sum(weight.numel() for weight in weights)
     if n == 0:
         raise ValueError('there are no weights to threshold')
     position = (n - 1) * ratio
     k = math.floor(position)
-    low, high = _neighbours(magnitude, k, min(k + 1, n - 1), previous)
-    threshold = low + (high - low) * (position - k)
-    return torch.where(threshold < high, threshold, low)  # rounding up to `high` would prune one weight too many
+    low, high = _neighbours(weights, n, k, min(k + 1, n - 1), previous)
+    threshold = (low + (high - low) * (position - k)).to(weights[0].dtype)
+    return torch.where(threshold < high, threshold, low.to(threshold.dtype))  # rounded up to `high` it would prune one too many
 
 
 def _flat(tensor):
@@ -114,33 +118,74 @@ def _flat(tensor):
     return tensor.reshape(-1)
 
 
-def _neighbours(magnitude, k, next_k, previous):
-    """The values at ranks k and next_k (counted from 0) of a vector: find a narrow bracket, then select inside it."""
-    n = magnitude.numel()
-    if magnitude.device.type != 'cpu' or n <= 2**14:
-        ordered = magnitude.sort().values
-        if magnitude.device.type == 'cpu' and not torch.isfinite(ordered[-1]):  # sort puts NaN last
-            raise ValueError('the weights hold NaN or infinity')
+def _neighbours(weights, n, k, next_k, previous):
+    """The magnitudes at ranks k and next_k (from 0): bracket them narrowly, then select inside the bracket."""
+    if weights[0].device.type != 'cpu':
+        ordered = torch.cat(weights).abs_().sort().values
         return ordered[k], ordered[next_k]
-    if not torch.isfinite(magnitude.max()):
+    for attempt in ('previous', 'sample'):
+        if attempt == 'sample':
+            low, high = _sampled_bracket(weights, n, k)
+        elif previous:  # after the ramp a training step moves the threshold by less than 0.3 %
+            low, high = 0.997 * float(previous), 1.003 * float(previous)
+        else:
+            continue
+        below, inside = _between(weights, low, high)
+        if k >= below and next_k - below < inside.numel():
+            return inside.kthvalue(k - below + 1).values, inside.kthvalue(next_k - below + 1).values
+    magnitude = torch.cat(weights).abs_()
+    return magnitude.kthvalue(k + 1).values, magnitude.kthvalue(next_k + 1).values
+
+
+CHUNK, BLOCK = 2**18, 64  # weights: a chunk and its temporaries stay in the cache; a block is what is skipped at once
+
+
+def _chunks(weights):
+    """The magnitudes in pieces of whole blocks; what does not fill a block is filled up with infinity, above all of them."""
+    rest = []
+    for piece in (piece for weight in weights for piece in weight.split(CHUNK)):
+        if piece.numel() % BLOCK == 0 and piece.numel() >= CHUNK // 8:
+            yield piece.abs()
+        else:
+            rest.append(piece)
+        if sum(piece.numel() for piece in rest) >= CHUNK // 2:
+            yield _whole_blocks(rest)
+            rest = []
+    if rest:
+        yield _whole_blocks(rest)
+
+
+def _whole_blocks(pieces):
+    padding = -sum(piece.numel() for piece in pieces) % BLOCK
+    return torch.cat([*pieces, pieces[0].new_full((padding,), math.inf)]).abs_()
+
+
+def _between(weights, low, high):
+    """(how many magnitudes lie below `low`, those in [low, high]), in few passes of float arithmetic, which is fast."""
+    middle, reach = (low + high) / 2, 0.51 * (high - low) + 1e-6 * high
+    total, balance, inside = 0, [], []
+    for magnitude in _chunks(weights):
+        blocks = magnitude.view(-1, BLOCK)
+        offset = blocks - middle
+        balance.append(offset.sign().sum())  # magnitudes above the middle minus those below it
+        inside.append(blocks[offset.abs_().amin(1) <= reach])  # all blocks that may hold a magnitude of the bracket
+        total += magnitude.numel()
+    inside = torch.cat(inside)
+    inside = inside[(inside >= low) & (inside <= high)]
+    below_middle = (total - int((inside == middle).sum()) - int(torch.stack(balance).sum(dtype=torch.float64))) // 2
+    return below_middle - int((inside < middle).sum()), inside
+
+
+def _sampled_bracket(weights, n, k):
+    """(low, high) that very probably hold ranks k and k + 1: a sample's quantile is off by about sqrt(q (1 - q) / size)."""
+    sample = torch.cat([weight[:: max(n // 2**13, 1)] for weight in weights]).abs_().sort().values
+    largest = torch.stack([weight.abs().max() for weight in weights if weight.numel()]).max()
+    if not torch.isfinite(largest):
         raise ValueError('the weights hold NaN or infinity')
-    for low, high in _brackets(magnitude, k, previous):
-        rank = k - int(torch.count_nonzero(magnitude < low))
-        inside = magnitude[(magnitude >= low) & (magnitude <= high)]
-        if 0 <= rank and rank + next_k - k < inside.numel():
-            return inside.kthvalue(rank + 1).values, inside.kthvalue(rank + next_k - k + 1).values
-
-
-def _brackets(magnitude, k, previous):
-    """Guesses (low, high) of where the k-th value lies, best first; the last one holds everything."""
-    if previous is not None and previous > 0:
-        yield previous * 0.99, previous * 1.01  # a training step moves the threshold by less than that, after the ramp
-    sample = magnitude[:: magnitude.numel() // 2**13].sort().values  # its quantile is off by ~ sqrt(q (1-q) / size)
-    size, q = sample.numel(), k / magnitude.numel()
-    margin = 1 + 4 * math.sqrt(q * (1 - q) * size)
+    size, q = sample.numel(), k / n
+    margin = 2 + 4 * math.sqrt(q * (1 - q) * size)
     first, last = math.floor(q * size - margin), math.ceil(q * size + margin)
-    yield sample[first] if first >= 0 else 0.0, sample[last] if last < size else math.inf
-    yield 0.0, math.inf
+    return float(sample[first]) if first > 0 else 0.0, float(sample[last] if last < size else largest)
 
 
 # ------------------------------------------------------------------------------------------------------------ the pruner
