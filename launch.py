@@ -99,7 +99,7 @@ def list_rows(path, rows):
 
 def run_rows(path, rows, keep):
     states = [state_of(out, words) for _, _, out, words in rows]  # all of them first: a typo in the last row shows at once
-    for number, ((row, seed, out, words), state) in enumerate(zip(rows, states, strict=True), 1):
+    for number, ((row, seed, _, words), state) in enumerate(zip(rows, states, strict=True), 1):
         print(f'[{number}/{len(rows)}] {tables.name_of(path)} {row["id"]}, seed {seed}: {state}', flush=True)
         if state != 'finished':
             subprocess.run([sys.executable, HERE / 'main.py', *words], check=False)

@@ -34,29 +34,37 @@ def main(argv=None):
             args.model, data.num_classes, args.width, data.in_channels, data.image_size, args.dropout, args.bn_momentum
         )
         method = methods.load(args.method)(args)
-        folder, lock = record.open_run(args)  # the lock is held until the process ends
+        folder, lock = record.open_run(args)
     except (DataError, record.RunError, ValueError, RuntimeError) as error:
         sys.exit(f'main.py: error: {error}')
-    if result := record.finished(folder):
-        return record.report(result, folder)
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-    record.say(f'{args.method} on {args.model}, {args.dataset}, {record.hardware(device)}; writes to {folder}')
+    with lock:
+        result = record.finished(folder) or carry_out(Job(args, model, data, device, folder), method)
+        record.report(result, folder)
+
+
+def carry_out(job, method):
+    """Train, finalize, measure and write down; a run that fails leaves its reason in result.json."""
+    record.say(f'{job.args.method} on {job.args.model}, {job.args.dataset}, {record.hardware(job.device)}; in {job.folder}')
     try:
-        job = Job(args, model, data, device, folder)
         method.run(job)
-        model = method.finalize(job.model)
-        record.save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, folder / 'model.pt')
-        result = record.measure(job, method, model)
-        record.write_json(result, folder / 'result.json')
+        job.model = method.finalize(job.model)
+        state = {name: tensor.cpu().contiguous() for name, tensor in job.model.state_dict().items()}
+        record.save(state, job.folder / 'model.pt')
+        result = record.measure(job, method)
+        record.write_json(result, job.folder / 'result.json')
+        return result
     except KeyboardInterrupt:
-        sys.exit(f'interrupted; continue with: python main.py --resume {shlex.quote(str(folder))}')
+        sys.exit(f'interrupted; continue with: python main.py --resume {shlex.quote(str(job.folder))}')
     except Exception as error:
         reason = str(error) if isinstance(error, record.RunError) else f'{type(error).__name__}: {error}'
-        record.write_json({'status': 'failed', 'reason': reason, 'args': vars(args)}, folder / 'result.json')
+        record.write_json({'status': 'failed', 'reason': reason, 'args': vars(job.args)}, job.folder / 'result.json')
         if isinstance(error, (record.RunError, ValueError)):
             sys.exit(f'main.py: error: {error}')
         raise
-    record.report(result, folder)
+    finally:
+        if job.writer is not None:
+            job.writer.close()
 
 
 class Job:
@@ -85,7 +93,7 @@ class Job:
         start = self.restore(method, optimizer, stage)
         forward = torch.compile(model) if args.compile else model
         for epoch in range(start, args.epochs):
-            began, total = time.perf_counter(), torch.zeros((), device=device)
+            began, total, seen = time.perf_counter(), torch.zeros((), device=device), 0
             model.train()
             self.train.set_epoch(self.done['epochs'])
             progress = tqdm(self.train, f'{stage} {epoch + 1}/{args.epochs}', leave=False, disable=None)
@@ -94,7 +102,7 @@ class Job:
                 with autocast:
                     loss = criterion(forward(images), labels)
                 extra = method.loss()
-                total += loss.detach() * len(labels)
+                total, seen = total + loss.detach() * len(labels), seen + len(labels)
                 optimizer.zero_grad()
                 (loss if extra is None else loss + extra).backward()
                 method.after_backward(step)
@@ -106,12 +114,12 @@ class Job:
                 optimizer.step()
                 method.after_step(step, (images, labels))
             method.after_epoch(epoch)
-            line = {'stage': stage, 'epoch': epoch + 1, 'epochs': args.epochs, 'loss': total.item() / self.train.num_images}
+            line = {'stage': stage, 'epoch': epoch + 1, 'epochs': args.epochs, 'loss': total.item() / seen}
             if not math.isfinite(line['loss']):
                 raise record.RunError(
                     f'the loss is {line["loss"]} in epoch {epoch + 1} of {stage}: try a lower --lr than {args.lr:g}'
                 )
-            line['images_per_second'] = round(self.train.num_images / (time.perf_counter() - began), 1)
+            line['images_per_second'] = round(seen / (time.perf_counter() - began), 1)
             line['accuracy'] = self.evaluate(self.test)
             if self.val is not None:
                 line['val_accuracy'] = self.evaluate(self.val)

@@ -139,9 +139,9 @@ def totals(counts):
     return sum(a for a, _ in counts.values()), sum(b for _, b in counts.values())
 
 
-def measure(job, method, model):
+def measure(job, method):
     """The result line: everything in it is counted or measured on the finished model, nothing is taken from the request."""
-    job.model = model
+    model = job.model
     zeros, macs = count_zeros(model, job.args.pthres), count_macs(model, next(iter(job.test))[0][:1])
     pruned, weights = totals(zeros)
     parameters = list(model.parameters())

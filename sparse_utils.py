@@ -46,7 +46,7 @@ class _Feather(torch.autograd.Function):
         if theta == 1:
             return factor.mul_(weight)
         sparse = weight * factor
-        ctx.save_for_backward(factor.ceil_().mul_(1 - theta).add_(theta))  # 1 where kept, theta where pruned
+        ctx.save_for_backward(factor.ceil_().clamp_(min=theta))  # m: 1 where kept, theta where pruned
         return sparse
 
     @staticmethod
@@ -126,8 +126,9 @@ def _neighbours(weights, n, k, next_k, previous):
     for attempt in ('previous', 'sample'):
         if attempt == 'sample':
             low, high = _sampled_bracket(weights, n, k)
-        elif previous:  # after the ramp a training step moves the threshold by less than 0.3 %
-            low, high = 0.997 * float(previous), 1.003 * float(previous)
+        elif previous:  # how far a training step may move it; far out in the tail it moves more, and a wide bracket is cheap
+            reach = min(max(0.0003 * n / (n - k), 0.003), 0.03)
+            low, high = (1 - reach) * float(previous), (1 + reach) * float(previous)
         else:
             continue
         below, inside = _between(weights, low, high)
@@ -178,14 +179,17 @@ def _between(weights, low, high):
 
 def _sampled_bracket(weights, n, k):
     """(low, high) that very probably hold ranks k and k + 1: a sample's quantile is off by about sqrt(q (1 - q) / size)."""
-    sample = torch.cat([weight[:: max(n // 2**13, 1)] for weight in weights]).abs_().sort().values
-    largest = torch.stack([weight.abs().max() for weight in weights if weight.numel()]).max()
+    stride = max(n // min(max(n // 64, 2**14), 2**16), 1)  # small samples are cheap, and large nets want narrow brackets
+    sample = torch.cat([weight[::stride] for weight in weights]).abs_()
+    smallest, largest = zip(*(weight.aminmax() for weight in weights if weight.numel()), strict=True)
+    largest = torch.stack([*smallest, *largest]).abs().max()
     if not torch.isfinite(largest):
         raise ValueError('the weights hold NaN or infinity')
     size, q = sample.numel(), k / n
-    margin = 2 + 4 * math.sqrt(q * (1 - q) * size)
+    margin = 2 + 3 * math.sqrt(q * (1 - q) * size)
     first, last = math.floor(q * size - margin), math.ceil(q * size + margin)
-    return float(sample[first]) if first > 0 else 0.0, float(sample[last] if last < size else largest)
+    low = sample.kthvalue(first + 1).values if first > 0 else 0.0
+    return float(low), float(sample.kthvalue(last + 1).values if last < size else largest)
 
 
 # ------------------------------------------------------------------------------------------------------------ the pruner

@@ -1,0 +1,142 @@
+"""Speed, always as ratios of things measured in one run, interleaved, medians of many repeats.
+
+    python bench.py                          everything below
+    python bench.py threshold                the exact threshold search against one full sort (what the authors' code does)
+    python bench.py step                     a training step of each method against the dense step
+    python bench.py amp                      --amp, --channels-last and both against the plain step
+    ... --threads 2 --device cpu --repeats 60
+
+On a CPU use a quiet machine and as many threads as it has cores; a second program on the same cores spoils every figure.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+import archs
+import methods
+from args import parse
+from record import hardware
+from sparse_utils import global_threshold
+
+
+def interleaved(functions, repeats, device):
+    """{name: function} -> {name: median seconds}: one call of each in turn, so that a disturbance hits all of them alike."""
+    times = {name: [] for name in functions}
+    for repeat in range(repeats + 3):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device.type == 'cuda':
+                torch.cuda.synchronize(device)
+            if repeat >= 3:  # the first ones warm up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def show(title, times, baseline, speedup=False):
+    """A line for each thing: milliseconds, and the ratio to the baseline."""
+    print(f'\n{title}')
+    for name, seconds in times.items():
+        ratio = times[baseline] / seconds if speedup else seconds / times[baseline]
+        print(f'  {name:<34} {1000 * seconds:9.2f} ms   {ratio:7.2f}x{" as fast" if speedup else " the time"}')
+
+
+def bench_threshold(device, repeats):
+    for n in (1_092_960, 25_000_000):
+        torch.manual_seed(0)
+        weights = [part.clone() for part in torch.randn(n, device=device).split(n // 5 + 1)]
+        for ratio in (0.5, 0.9, 0.99):
+            ordered = torch.cat(weights).abs().sort().values
+            position = (n - 1) * ratio
+            k = int(position)
+            exact = ordered[k] + (ordered[k + 1] - ordered[k]) * (position - k)
+            previous = exact * 1.0005  # about what a training step moves it by
+            for guess in (None, previous):
+                torch.testing.assert_close(global_threshold(weights, ratio, guess), exact, rtol=1e-6, atol=0)
+            functions = {
+                'full sort': lambda w=weights: torch.cat(w).abs().sort(),
+                'global_threshold, first call': lambda w=weights, r=ratio: global_threshold(w, r),
+                'global_threshold, in training': lambda w=weights, r=ratio, p=previous: global_threshold(w, r, p),
+            }
+            times = interleaved(functions, max(repeats // (4 if n < 2e6 else 12), 3), device)
+            show(f'threshold search, {n:,} weights, ratio {ratio}', times, 'full sort', speedup=True)
+
+
+def trainer(device, size, batch, words=(), method='dense', target=0.9):
+    """A function that makes one training step of ResNet-20 (width 32, 100 classes), at full sparsity."""
+    args = parse([f'--method={method}', f'--ptarget={target}', '--epochs=2', *words])
+    torch.manual_seed(0)
+    model = archs.build(args.model, 100, args.width).to(device)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model.to(memory_format=layout)
+    method = methods.load(args.method)(args)
+    method.prepare(model, 40)  # the target is reached after 20 steps, in the warm-up below
+    optimizer = torch.optim.SGD(method.param_groups(model), args.lr, momentum=args.momentum)
+    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
+    labels = torch.randint(0, 100, (batch,), device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
+    count = 0
+
+    def step():
+        nonlocal count
+        method.before_step(count)
+        with autocast:
+            loss = F.cross_entropy(model(images), labels)
+        extra = method.loss()
+        optimizer.zero_grad()
+        (loss if extra is None else loss + extra).backward()
+        method.after_backward(count)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        method.after_step(count, (images, labels))
+        count += 1
+
+    for _ in range(25):
+        step()
+    return step
+
+
+def bench_step(device, repeats):
+    sparse = [name for name in methods.names() if name != 'dense']
+    for size, n in ((8, repeats), (32, max(repeats // 4, 5))):
+        functions = {'dense': trainer(device, size, 64)}
+        functions |= {
+            f'{name}, {target:.0%}': trainer(device, size, 64, (), name, target) for name in sparse for target in (0.9, 0.99)
+        }
+        times = interleaved(functions, n, device)
+        show(f'training step, ResNet-20 width 32, batch 64, {size}x{size} images', times, 'dense')
+
+
+def bench_amp(device, repeats):
+    knobs = {'float32': [], '--channels-last': ['--channels-last'], '--amp': ['--amp'], 'both': ['--amp', '--channels-last']}
+    for method in ('dense', 'feather'):
+        functions = {name: trainer(device, 32, 128, words, method) for name, words in knobs.items()}
+        times = interleaved(functions, max(repeats // 6, 5), device)
+        show(f'{method} step, ResNet-20 width 32, batch 128, 32x32 images', times, 'float32', speedup=True)
+
+
+BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('which', nargs='*', help=', '.join(BENCHES))
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--device', type=torch.device, default=torch.device('cpu'))
+    parser.add_argument('--repeats', type=int, default=60)
+    options = parser.parse_args()
+    if unknown := set(options.which) - set(BENCHES):
+        parser.error(f'there is no bench {sorted(unknown)[0]!r}; there are {", ".join(BENCHES)}')
+    torch.set_num_threads(options.threads)
+    print(f'{hardware(options.device)}, torch {torch.__version__}')
+    for name in options.which or BENCHES:
+        BENCHES[name](options.device, options.repeats)
+
+
+if __name__ == '__main__':
+    main()

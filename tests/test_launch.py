@@ -1,0 +1,188 @@
+"""The launcher, the tables, and the README's promises about them."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import args as arguments
+import launch
+from results import table as tables
+
+TINY_TABLE = """
+title: A tiny table
+defaults: {dataset: digits, model: resnet20, width: 4, limit-train: 64, batch-size: 32, epochs: 1, no-cuda: true, wd: 5e-4}
+seeds: [0, 1]
+rows:
+  - {id: dense, method: dense, paper: 99.5, minutes: 0.1}
+  - {id: sparse, method: feather, ptarget: 0.9, paper: {accuracy: 98.0, mflops: 3}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / 'tiny.yaml'
+    path.write_text(TINY_TABLE)
+    return path
+
+
+def run_launcher(monkeypatch, *words):
+    """launch.main() in this process; the runs it starts are processes of their own -> exit status."""
+    monkeypatch.setattr(sys, 'argv', ['launch', *map(str, words)])
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    try:
+        launch.main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def test_a_table_from_start_to_end(config, tmp_path, monkeypatch, capfd):
+    runs = tmp_path / 'runs'
+    assert run_launcher(monkeypatch, config, '--list', f'--runs={runs}') == 0
+    listed = capfd.readouterr().out
+    assert listed.count('not run') == 4 and '0.1 min' in listed and 'time not known' in listed and not runs.exists()
+
+    assert run_launcher(monkeypatch, config, f'--runs={runs}') == 0
+    printed = capfd.readouterr().out
+    results = {path.parent.name: json.loads(path.read_text()) for path in runs.rglob('result.json')}
+    assert sorted(results) == ['dense-s0', 'dense-s1', 'sparse-s0', 'sparse-s1']
+    assert results['sparse-s1']['args']['seed'] == 1 and results['sparse-s1']['args']['ptarget'] == 0.9
+    one, two = results['sparse-s0']['accuracy'], results['sparse-s1']['accuracy']
+    row = next(line for line in printed.splitlines() if line.startswith('| sparse'))
+    mean, spread = (one + two) / 2, abs(one - two) / 2**0.5
+    assert (
+        f'| {mean:.2f} ± {spread:.2f}' in row
+        and 'accuracy 98.0, mflops 3' in row
+        and f'{results["sparse-s0"]["zeros"]:,}' in row
+    )
+
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob('model.pt')}
+    assert run_launcher(monkeypatch, config, f'--runs={runs}') == 0  # everything is there: nothing is trained again
+    assert before == {path: path.stat().st_mtime_ns for path in runs.rglob('model.pt')}
+    assert run_launcher(monkeypatch, config, '--list', f'--runs={runs}', '--epochs=2') == 0
+    assert capfd.readouterr().out.count('other arguments') == 4
+
+
+def test_a_failing_row_does_not_stop_the_others(config, tmp_path, monkeypatch, capfd):
+    bad = '{id: diverges, method: dense, lr: 1e30, clip: 0}'
+    config.write_text(TINY_TABLE.replace('[0, 1]', '[0]').replace('rows:\n', f'rows:\n  - {bad}\n'))
+    assert run_launcher(monkeypatch, config, f'--runs={tmp_path}/runs') == 1
+    out, err = capfd.readouterr()
+    assert 'diverges-s0' in err and '1 of 3 failed' in err
+    assert re.search(r'\| diverges +\| .*\| failed', out)
+    assert len(list((tmp_path / 'runs').rglob('model.pt'))) == 2
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        (None, 'there is no config'),
+        ('rows: [', 'no valid YAML'),
+        ('rows: []', 'needs `rows`'),
+        ('[1, 2]', 'needs `rows`'),
+        ('{rows: [{method: dense}]}', 'needs an `id`'),
+        ('{rows: [{id: ../x}]}', 'can be a file name'),
+        ('{rows: [{id: a}, {id: a}]}', 'two rows have the id'),
+        ('{row: [{id: a}], rows: [{id: a}]}', "unknown key 'row'"),
+        ('{seeds: [x], rows: [{id: a}]}', 'whole numbers'),
+        ('{rows: [{id: a, bach-size: 3}]}', "unknown key 'bach-size' (did you mean batch-size?)"),
+        ('{rows: [{id: a, epochs: 0}]}', '--epochs: must be 1 or more'),
+        ('{rows: [{id: a, method: fether}]}', 'did you mean feather'),
+        ('{rows: [{id: a, out: x}]}', "unknown key 'out'"),
+    ],
+)
+def test_a_faulty_config_gets_one_sentence_and_runs_nothing(text, message, tmp_path, monkeypatch, capfd):
+    path = tmp_path / 'bad.yaml'
+    if text is not None:
+        path.write_text(text)
+    assert run_launcher(monkeypatch, path, f'--runs={tmp_path}/runs') == 2
+    err = capfd.readouterr().err
+    assert message in err and len(err.strip().splitlines()) == 1 and not (tmp_path / 'runs').exists()
+
+
+def test_nothing_matched(config, monkeypatch, capfd):
+    assert run_launcher(monkeypatch, config, '--row=nosuch') == 1
+    assert 'nothing matched' in capfd.readouterr().err
+
+
+def test_the_users_flag_wins_over_the_table(config):
+    args = arguments.parse([f'--config={config}', '--row=sparse', '--ptarget=0.5'])
+    assert (args.ptarget, args.epochs, args.wd, args.no_cuda, args.seed) == (0.5, 1, 5e-4, True, 0)
+    assert arguments.parse([f'--config={config}', '--row=dense']).method == 'dense'
+
+
+def test_a_config_without_row_names_its_rows(config, capfd):
+    with pytest.raises(SystemExit):
+        arguments.parse([f'--config={config}'])
+    assert 'choose one with --row: dense, sparse' in capfd.readouterr().err
+
+
+def test_names_with_and_without_yaml_and_folders():
+    assert launch.find('configs/quickstart') == launch.find('configs/quickstart.yaml') == [Path('configs/quickstart.yaml')]
+    assert launch.find('quickstart')[0].name == 'quickstart.yaml'
+    assert [path.name for path in launch.find('configs/feather')] == ['cifar100.yaml']
+    assert tables.name_of('configs/feather/cifar100.yaml') == 'feather/cifar100'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').rglob('*.yaml')), ids=lambda path: path.stem)
+def test_every_row_of_every_config_parses_and_begins_dense(path):
+    table = arguments.load_table(path)
+    for row in table['rows']:
+        arguments.parse([f'--config={path}', f'--row={row["id"]}'])
+    assert table['rows'][0]['method'] == 'dense'
+
+
+def test_recorded_tables_are_what_the_runs_say(tmp_path, monkeypatch):
+    """The committed pages; then a page made from one recorded run, and that a touched digit is noticed."""
+    done = subprocess.run([sys.executable, ROOT / 'results' / 'table.py', '--check'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(tables, 'HERE', tmp_path)
+    monkeypatch.setattr(tables, 'RUNS', tmp_path / 'runs.jsonl')
+    keys = {'weights': 200, 'macs_nonzero': 1e6, 'macs_dense': 2e6, 'seconds': 60, 'device': 'x', 'torch': 'y', 'commit': 'z'}
+    result = {
+        'status': 'finished',
+        'accuracy': 98.25,
+        'zeros': 150,
+        'layers': {},
+        'args': {'lr': 0.1, 'out': '/home/me'},
+    } | keys
+    tables.keep('quickstart', {('feather-90', 0): result, ('feather-99', 0): {'status': 'failed', 'reason': 'no'}})
+    assert '/home/me' not in (tmp_path / 'runs.jsonl').read_text()
+    page = (tmp_path / 'quickstart.md').read_text()
+    assert re.search(r'\| feather-90 +\| +\| 98\.25 +\| 0 +\| 150 +\| 200 +\| 75\.000', page) and 'not run' in page
+    monkeypatch.setattr(sys, 'argv', ['table.py', '--check'])
+    with pytest.raises(SystemExit) as stop:
+        tables.main()
+    assert stop.value.code == 0
+    (tmp_path / 'quickstart.md').write_text(page.replace('98.25', '99.25'))
+    with pytest.raises(SystemExit) as stop:
+        tables.main()
+    assert 'quickstart' in stop.value.code
+
+
+def test_launch_sh_takes_the_active_python_and_reports_failure(tmp_path):
+    environment = {**os.environ, 'PYTHON': sys.executable}
+    done = subprocess.run([ROOT / 'launch', 'nosuch'], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and 'there is no config' in done.stderr and 'installing' not in done.stdout
+
+
+def test_requirements_are_what_the_code_imports():
+    """Every line of requirements.txt can be imported here, and nothing else but the standard library is needed at import."""
+    names = {'scikit-learn': 'sklearn', 'pyyaml': 'yaml'}
+    for line in (ROOT / 'requirements.txt').read_text().splitlines():
+        if name := line.split('#')[0].split('>=')[0].strip():
+            if name not in ('torchvision', 'ruff'):  # may not match a CPU build of torch; a program
+                importlib.import_module(names.get(name, name))
+
+
+def test_main_needs_no_torchvision():
+    code = 'import sys; sys.modules["torchvision"] = None; import main; main.parse(["--dataset=digits"])'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
