@@ -69,6 +69,8 @@ def feather(weight, threshold, p=3, theta=1.0):
     """
     if not p >= 1:
         raise ValueError(f'p must be 1 or more, got {p}')
+    if not 0 <= theta <= 1:
+        raise ValueError(f'theta must lie in [0, 1], got {theta}')
     if not torch.is_tensor(threshold):
         threshold = torch.tensor(threshold, dtype=weight.dtype, device=weight.device)
     return _Feather.apply(weight, threshold, p, theta)

@@ -135,6 +135,8 @@ def test_operator_is_the_papers_formula():
         torch.testing.assert_close(feather(weight, 0.7, p), reference, rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match='p must be 1 or more'):
         feather(weight, 0.7, p=0.5)
+    with pytest.raises(ValueError, match='theta must lie'):
+        feather(weight, 0.7, theta=2.0)
 
 
 # ---------------------------------------------------------------------------------------------------- the global threshold
