@@ -43,17 +43,22 @@ class _Feather(torch.autograd.Function):
         else:  # log1p and exp2 cost half of what pow does
             factor = ratio.pow_(p).neg_().log1p_().mul_(1 / (p * math.log(2))).exp2_()
         ctx.theta = theta
-        if theta == 1:
-            return factor.mul_(weight)
-        sparse = weight * factor
-        ctx.save_for_backward(factor.ceil_().clamp_(min=theta))  # m: 1 where kept, theta where pruned
-        return sparse
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(factor.ceil(), weight, threshold)
+        elif theta != 1:
+            sparse = weight * factor
+            ctx.save_for_backward(factor.ceil_().clamp_(min=theta))  # m: 1 where kept, theta where pruned
+            return sparse
+        return factor.mul_(weight)
 
     @staticmethod
     def backward(ctx, grad):
+        if ctx.needs_input_grad[1]:  # of a trained threshold, Adaptive Sparsity Loss: - sum over pruned weights of g w / b
+            keep, weight, threshold = ctx.saved_tensors
+            to_threshold = -torch.sum(grad * weight * (1 - keep)) / threshold
+            return grad * keep.clamp(min=ctx.theta), to_threshold, None, None
         if ctx.theta != 1:
-            (scale,) = ctx.saved_tensors
-            grad = grad * scale
+            grad = grad * ctx.saved_tensors[0]
         return grad, None, None, None
 
 
@@ -194,6 +199,35 @@ def _sampled_bracket(weights, n, k):
     return float(low), float(sample.kthvalue(last + 1).values if last < size else largest)
 
 
+# ------------------------------------------------------------------------------------------- sparse layers and plain ones
+
+
+def _refuse_parametrized(layers):
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer, 'weight'):
+            raise ValueError(f'the weight of {name or "the model"} is parametrized already: make it a plain layer first')
+
+
+def attach(layer, operator):
+    """Let the layer compute with operator(weight); the weight underneath stays the same Parameter, dense and trained."""
+    order = list(layer._parameters)
+    parametrize.register_parametrization(layer, 'weight', operator, unsafe=True)  # no trial call: some operators act
+    layer.parametrizations.weight.order = order  # baking restores it, as the order of state_dict depends on it
+
+
+@torch.no_grad()
+def bake(layers):
+    """Turn the layers (an iterable) into plain ones that hold the weights they computed with; names and order as before."""
+    layers = [layer for layer in dict.fromkeys(layers) if parametrize.is_parametrized(layer, 'weight')]
+    baked = {id(_dense_weight(layer)): layer.weight.clone() for layer in layers}  # all first: a weight may be tied to another
+    for layer in layers:
+        order = layer.parametrizations.weight.order
+        parametrize.remove_parametrizations(layer, 'weight', leave_parametrized=False)
+        layer.weight.copy_(baked[id(layer.weight)])
+        for key in order:  # removing a parametrization puts its parameter last
+            layer._parameters[key] = layer._parameters.pop(key)
+
+
 # ------------------------------------------------------------------------------------------------------------ the pruner
 
 
@@ -206,7 +240,8 @@ class Pruner:
     t1: epoch at which the ramp starts. Keywords beyond the authors' code, with the paper's values as defaults:
     p: the operator's exponent; theta: gradient scale of pruned weights (None: 0.5 above 95 % sparsity, else 1);
     ramp_end: share of all steps after which the ramp has reached final_rate;
-    backbone: 'global' (one threshold over all layers) or 'layerwise' (the same ratio in each layer).
+    backbone: 'global' (one threshold over all layers), 'layerwise' (the same ratio in each layer), or 'asl': thresholds trained
+    by Adaptive Sparsity Loss, which then has to be in the loss (see adaptive_loss) and reaches the target approximately.
     Raises ValueError for settings that cannot work. Works before or after the optimizer is made: parameters stay the same.
     """
 
@@ -239,10 +274,10 @@ class Pruner:
             raise ValueError(f'ramp_end must lie in (0, 1], got {ramp_end}')
         if nbatches is not None and not 0 <= t1 < ramp_end * epochs:
             raise ValueError(f'the ramp ends at epoch {ramp_end * epochs:g}, so t1 must lie in [0, that), got {t1}')
-        if backbone not in ('global', 'layerwise'):
-            raise ValueError(f"backbone must be 'global' or 'layerwise', got {backbone!r}")
+        if backbone not in ('global', 'layerwise', 'asl'):
+            raise ValueError(f"backbone must be 'global', 'layerwise' or 'asl', got {backbone!r}")
         self.model = model if device is None else model.to(device)
-        self.final_rate, self.p = final_rate, p
+        self.final_rate, self.p, self.backbone = final_rate, p, backbone
         self.theta = theta if theta is not None else 0.5 if final_rate > 0.95 else 1.0
         self.total_steps = None if nbatches is None else nbatches * epochs
         self.ramp = None if nbatches is None else (t1 * nbatches, ramp_end * nbatches * epochs)
@@ -253,19 +288,19 @@ class Pruner:
         layers = prunable_layers(self.model, pthres)
         if not layers:
             raise ValueError(f'the model has no convolution or linear layer with at least {pthres} weights')
-        for name, layer in layers.items():
-            if parametrize.is_parametrized(layer, 'weight'):
-                raise ValueError(f'the weight of {name or "the model"} is parametrized already: call desparsify() first')
         self.layers = layers
-        self._order = {name: list(layer._parameters) for name, layer in layers.items()}
-        self._groups = []  # (operator, layers that share its threshold)
+        self._groups = []  # (operator, layers that share its threshold); none where thresholds are trained
+        if backbone == 'asl':
+            iter_sparsify(self.model, initial_thresh(self.final_rate), pthres=pthres, p=self.p, theta=self.theta)
+            return
+        _refuse_parametrized(layers)
         owners = list({id(layer.weight): layer for layer in layers.values()}.values())  # a tied weight counts once
         for group in [owners] if backbone == 'global' else [[layer] for layer in owners]:
             operator = Feather(self.p, self.theta).to(group[0].weight)
             shared = {id(layer.weight) for layer in group}
             members = [layer for layer in layers.values() if id(_dense_weight(layer)) in shared]
             for layer in members:
-                parametrize.register_parametrization(layer, 'weight', operator)
+                attach(layer, operator)
             self._groups.append((operator, group))
 
     @property
@@ -275,9 +310,11 @@ class Pruner:
 
     @property
     def threshold(self):
-        """Current threshold, a float; with backbone 'layerwise' a list of them. Reading it waits for the GPU."""
+        """Current threshold, a float; a list, one a layer, unless the backbone is 'global'. Reading it waits for the GPU."""
         values = [operator.threshold.item() for operator, _ in self._groups]
-        return values[0] if len(values) == 1 else values
+        if not self._groups:
+            values = [_adaptive(layer).threshold(_dense_weight(layer)).item() for layer in self.layers.values()]
+        return values[0] if self.backbone == 'global' else values
 
     def update_thresh(self, end_of_batch=False):
         """Raise the threshold: call before each forward, and once with end_of_batch=True after the last step.
@@ -313,19 +350,14 @@ class Pruner:
         width = max(len(name) for name in [*counts, 'all pruned layers'])
         for name, (zeros, weights) in counts.items():
             print(f'{name:<{width}} {zeros:>10,} of {weights:>10,} weights are zero  {100 * zeros / weights:6.2f} %')
-        zeros, weights = map(sum, zip(*(_count(layer.weight) for _, group in self._groups for layer in group), strict=True))
+        owners = {id(_dense_weight(layer)): layer for layer in self.layers.values()}.values()  # a tied weight counts once
+        zeros, weights = (sum(column) for column in zip(*(_count(layer.weight) for layer in owners), strict=True))
         print(f'{"all pruned layers":<{width}} {zeros:>10,} of {weights:>10,} weights are zero  {100 * zeros / weights:6.2f} %')
         return 100 * zeros / weights
 
-    @torch.no_grad()
     def desparsify(self):
         """Bake the thresholded weights into plain layers of the original types, names and order; returns the model."""
-        baked = {id(_dense_weight(layer)): layer.weight.clone() for layer in self.layers.values()}
-        for name, layer in self.layers.items():
-            parametrize.remove_parametrizations(layer, 'weight', leave_parametrized=False)
-            layer.weight.copy_(baked[id(layer.weight)])
-            for key in self._order[name]:  # removing a parametrization puts its parameter last
-                layer._parameters[key] = layer._parameters.pop(key)
+        bake(self.layers.values())
         self.layers, self._groups = {}, []
         return self.model
 
@@ -345,6 +377,127 @@ class Pruner:
 def _dense_weight(layer):
     """The trained weight: under the parametrization while there is one."""
     return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, 'weight') else layer.weight
+
+
+# ------------------------------------------------------------------------------------------------ adaptive sparsity loss
+
+
+class AdaptiveThreshold(nn.Module):
+    """Adaptive Sparsity Loss as a parametrization: prune |w| <= b = r std(w) + 1e-6, with r in [0, 5] trained.
+
+    r: a 0-d Parameter, or a buffer when it is not trainable. p, theta: the operator, hard and straight-through in the paper;
+    other values give Feather on this backbone. In training forwards the weight is moved to zero mean, as the analytic
+    sparsity assumes; evaluation, and anything else without gradients, leaves it as it is.
+    """
+
+    def __init__(self, r, trainable=True, p=math.inf, theta=1.0):
+        super().__init__()
+        self.p, self.theta = p, theta
+        r = torch.as_tensor(r, dtype=torch.get_default_dtype()).detach().clone()
+        if trainable:
+            self.r = nn.Parameter(r)
+        else:
+            self.register_buffer('r', r)
+
+    def forward(self, weight):
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                weight.sub_(weight.mean())
+        return _Feather.apply(weight, self.threshold(weight), self.p, self.theta)
+
+    def threshold(self, weight):
+        """b, differentiable in r; the standard deviation is a constant to the gradient."""
+        return self.r.clamp(0, 5) * weight.detach().std() + 1e-6
+
+    def sparsity(self):
+        """The share of a Gaussian's weights with |w| <= r std: erf(r / sqrt 2), differentiable."""
+        return torch.erf(self.r.clamp(0, 5) / math.sqrt(2))
+
+
+def iter_sparsify(model, thresh, trainable=True, pthres=1000, *, p=math.inf, theta=1.0):
+    """Adaptive Sparsity Loss ("Weight Pruning via Adaptive Sparsity Loss", Retsinas et al., ICIP 2021, arXiv 2006.02768).
+
+    Every convolution and linear layer with at least `pthres` weights gets a threshold of `thresh` standard deviations of its
+    weights, trained unless `trainable` is False. The thresholds are parameters of the model: make the optimizer afterwards.
+    p, theta: the operator as in feather(), the paper's hard straight-through one by default. Works in place and returns the model. Raises ValueError for a thresh outside [0, 5], and when no layer is large enough.
+
+    Deviations from the authors' code: the loss, the forward pass and the report use the same clamped r; evaluation does not
+    move weights; trainable=False freezes r also for the sparsity loss; a layer's size is its real number of weights.
+    """
+    if not 0 <= float(thresh) <= 5:
+        raise ValueError(f'thresh is in standard deviations and must lie in [0, 5], got {thresh}')
+    layers = prunable_layers(model, pthres)
+    if not layers:
+        raise ValueError(f'the model has no convolution or linear layer with at least {pthres} weights')
+    _refuse_parametrized(layers)
+    operators = {}  # a tied weight has one threshold
+    for layer in layers.values():
+        operators.setdefault(id(layer.weight), AdaptiveThreshold(thresh, trainable, p, theta).to(layer.weight.device))
+    owners = {name: operators[id(layer.weight)] for name, layer in layers.items()}
+    for name, layer in layers.items():
+        attach(layer, owners[name])
+    return model
+
+
+def initial_thresh(target, share=0.6):
+    """The threshold, in standard deviations, that prunes a share of the target of a Gaussian; the authors start at 0.6."""
+    return math.sqrt(2) * torch.erfinv(torch.tensor(share * target, dtype=torch.float64)).item()
+
+
+def iter_desparsify(model):
+    """Remove the thresholds: plain layers with exact zeros. Works in place and returns the model."""
+    layers = [layer for layer in prunable_layers(model).values() if _adaptive(layer)]
+    bake(layers)
+    for layer in layers:
+        layer.sparsified = True  # so that sparsity() goes on to count the same layers
+    return model
+
+
+def sparsity(model, print_per_layer=False):
+    """(percent of zeros over the sparsified layers, number of zeros), counted on the weights the layers compute with.
+
+    The same before and after desparsifying; for a model that was never sparsified, over all convolutions and linear layers.
+    Prints the overall figure, and with print_per_layer a line a layer.
+    """
+    layers = prunable_layers(model)
+    sparsified = {name for name, layer in layers.items() if _adaptive(layer) or getattr(layer, 'sparsified', False)}
+    counts = {name: count for name, count in count_zeros(model).items() if name in sparsified or not sparsified}
+    if print_per_layer:
+        for name, (zeros, weights) in counts.items():
+            print(f'{name}: {100 * zeros / weights:.2f} % of {weights:,} weights are zero')
+    zeros, weights = (sum(column) for column in zip(*counts.values(), strict=True))
+    print(f'overall sparsity: {100 * zeros / weights:.2f} % ({zeros:,} of {weights:,} weights)')
+    return 100 * zeros / weights, zeros
+
+
+def adaptive_loss(model, reduce=True):
+    """The analytic sparsity erf(r / sqrt 2) of the sparsified layers, differentiable in their thresholds r.
+
+    reduce=False: one value a layer, shape [layers], in the order of named_modules; reduce=True: their mean weighted by layer
+    size, 0-d. (The authors' code returns one minus this.) Add for example lv * (starget - adaptive_loss(model)) ** 2 to the
+    task loss. Raises ValueError for a model without thresholds.
+    """
+    layers = adaptive_layers(model)
+    if not layers:
+        raise ValueError('the model has no adaptive thresholds: call iter_sparsify first')
+    values = torch.stack([operator.sparsity() for operator, _ in layers.values()])
+    if not reduce:
+        return values
+    sizes = torch.tensor([weights for _, weights in layers.values()], dtype=values.dtype, device=values.device)
+    return (values * sizes).sum() / sizes.sum()
+
+
+def adaptive_layers(model):
+    """{layer name: (its AdaptiveThreshold, number of weights)}; a tied weight counts once."""
+    found = {name: (_adaptive(layer), _dense_weight(layer)) for name, layer in prunable_layers(model).items()}
+    unique = {id(weight): name for name, (operator, weight) in reversed(found.items()) if operator}
+    return {name: (found[name][0], found[name][1].numel()) for name in found if name in unique.values()}
+
+
+def _adaptive(layer):
+    """The layer's AdaptiveThreshold, or None."""
+    operators = layer.parametrizations.weight if parametrize.is_parametrized(layer, 'weight') else []
+    return next((operator for operator in operators if isinstance(operator, AdaptiveThreshold)), None)
 
 
 # -------------------------------------------------------------------------------------------------------------- counting

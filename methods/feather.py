@@ -8,7 +8,8 @@ and at the end of every epoch. Deviations: those named in sparse_utils.py.
 import math
 
 from methods import Method as Base
-from sparse_utils import Pruner
+from methods.asl import add_loss_args, threshold_groups
+from sparse_utils import Pruner, adaptive_loss
 
 
 class Method(Base):
@@ -42,10 +43,12 @@ class Method(Base):
         )
         parser.add_argument(
             '--backbone',
-            choices=['global', 'layerwise'],
+            choices=['global', 'layerwise', 'asl'],
             default='global',
-            help='one threshold for the network, or the same ratio in each layer (default: %(default)s)',
+            help='one threshold for the network, the same ratio in each layer, or thresholds trained by Adaptive Sparsity Loss (default: %(default)s)',
         )
+
+        add_loss_args(parser)
 
     def prepare(self, model, steps):
         if self.pruner is not None:
@@ -64,8 +67,16 @@ class Method(Base):
             backbone=args.backbone,
         )
 
+    def param_groups(self, model):
+        groups = super().param_groups(model)
+        return threshold_groups(groups, model, self.args) if self.args.backbone == 'asl' else groups
+
     def before_step(self, step):
         self.pruner.update_thresh()
+
+    def loss(self):
+        if self.args.backbone == 'asl':
+            return self.args.lv * (adaptive_loss(self.pruner.model) - self.args.ptarget).square()
 
     def after_epoch(self, epoch):
         self.pruner.update_thresh(end_of_batch=True)

@@ -38,7 +38,7 @@ def test_run_leaves_what_it_says(name, tmp_path):
     if result['gives'] != 'a smaller network':
         assert list(state) == list(model.state_dict())  # plain names in their order
         model.load_state_dict(state)
-        counts = count_zeros(model)
+        counts = count_zeros(model, result['args']['pthres'])
         assert sum(zeros for zeros, _ in counts.values()) == result['zeros']
         assert {layer: figures[:2] for layer, figures in result['layers'].items()} == {k: list(v) for k, v in counts.items()}
         everything = list(model.parameters())
