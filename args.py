@@ -16,7 +16,7 @@ import data
 import methods
 
 # These say where and on what a run runs, not what it computes: they may differ when a run is continued or looked up.
-PLACE = ['out', 'resume', 'config', 'row', 'sname', 'data_dir', 'no_download', 'workers', 'device', 'gpu', 'no_cuda']
+PLACE = ['out', 'resume', 'config', 'row', 'sname', 'data_dir', 'no_download', 'workers', 'device', 'gpu', 'no_cuda', 'chain']
 ROW_KEYS = ['id', 'paper', 'minutes', 'note']  # of a table row, beside flags
 
 

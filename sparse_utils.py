@@ -202,14 +202,13 @@ def _sampled_bracket(weights, n, k):
 # ------------------------------------------------------------------------------------------- sparse layers and plain ones
 
 
-def _refuse_parametrized(layers):
-    for name, layer in layers.items():
-        if parametrize.is_parametrized(layer, 'weight'):
-            raise ValueError(f'the weight of {name or "the model"} is parametrized already: make it a plain layer first')
-
-
 def attach(layer, operator):
-    """Let the layer compute with operator(weight); the weight underneath stays the same Parameter, dense and trained."""
+    """Let the layer compute with operator(weight); the weight underneath stays the same Parameter, dense and trained.
+
+    Raises ValueError for a layer whose weight is parametrized already, by another method or otherwise.
+    """
+    if parametrize.is_parametrized(layer, 'weight'):
+        raise ValueError(f'the weight of {layer} is parametrized already: make it a plain layer first')
     order = list(layer._parameters)
     parametrize.register_parametrization(layer, 'weight', operator, unsafe=True)  # no trial call: some operators act
     layer.parametrizations.weight.order = order  # baking restores it, as the order of state_dict depends on it
@@ -293,11 +292,10 @@ class Pruner:
         if backbone == 'asl':
             iter_sparsify(self.model, initial_thresh(self.final_rate), pthres=pthres, p=self.p, theta=self.theta)
             return
-        _refuse_parametrized(layers)
-        owners = list({id(layer.weight): layer for layer in layers.values()}.values())  # a tied weight counts once
+        owners = list({id(_dense_weight(layer)): layer for layer in layers.values()}.values())  # a tied weight counts once
         for group in [owners] if backbone == 'global' else [[layer] for layer in owners]:
             operator = Feather(self.p, self.theta).to(group[0].weight)
-            shared = {id(layer.weight) for layer in group}
+            shared = {id(_dense_weight(layer)) for layer in group}
             members = [layer for layer in layers.values() if id(_dense_weight(layer)) in shared]
             for layer in members:
                 attach(layer, operator)
@@ -429,11 +427,10 @@ def iter_sparsify(model, thresh, trainable=True, pthres=1000, *, p=math.inf, the
     layers = prunable_layers(model, pthres)
     if not layers:
         raise ValueError(f'the model has no convolution or linear layer with at least {pthres} weights')
-    _refuse_parametrized(layers)
     operators = {}  # a tied weight has one threshold
     for layer in layers.values():
-        operators.setdefault(id(layer.weight), AdaptiveThreshold(thresh, trainable, p, theta).to(layer.weight.device))
-    owners = {name: operators[id(layer.weight)] for name, layer in layers.items()}
+        operators.setdefault(id(_dense_weight(layer)), AdaptiveThreshold(thresh, trainable, p, theta).to(layer.weight.device))
+    owners = {name: operators[id(_dense_weight(layer))] for name, layer in layers.items()}
     for name, layer in layers.items():
         attach(layer, owners[name])
     return model
