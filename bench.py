@@ -4,16 +4,10 @@
     python bench.py threshold                the exact threshold search against one full sort (what the authors' code does)
     python bench.py step                     a training step of each method against the dense step
     python bench.py amp                      --amp, --channels-last and both against the plain step
-    ... --threads 2 --device cpu --repeats 60
+    ... --threads 2 --device cpu --repeats 60 --methods feather st3
 
 On a CPU use a quiet machine and as many threads as it has cores; a second program on the same cores spoils every figure.
 """
-
-import os
-
-# Before torch is imported: OpenMP threads that spin long while they wait make a machine shared with other work crawl (25 times
-# slower was seen); giving up after 1,000 turns costs 5 % on a quiet one.
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import argparse
 import contextlib
@@ -52,7 +46,7 @@ def show(title, times, baseline, speedup=False):
         print(f'  {name:<34} {1000 * seconds:9.2f} ms   {ratio:7.2f}x{" as fast" if speedup else " the time"}')
 
 
-def bench_threshold(device, repeats):
+def bench_threshold(device, repeats, names):
     for n in (1_092_960, 25_000_000):
         torch.manual_seed(0)
         weights = [part.clone() for part in torch.randn(n, device=device).split(n // 5 + 1)]
@@ -75,7 +69,8 @@ def bench_threshold(device, repeats):
 
 def trainer(device, size, batch, words=(), method='dense', target=0.9):
     """A function that makes one training step of ResNet-20 (width 32, 100 classes), at full sparsity."""
-    args = parse([f'--method={method}', f'--ptarget={target}', '--epochs=2', *words])
+    common = ['--model=resnet20', '--width=32', '--dataset=cifar100', '--epochs=2', '--clip=3']
+    args = parse([f'--method={method}', f'--ptarget={target}', *common, *words])
     torch.manual_seed(0)
     model = archs.build(args.model, 100, args.width).to(device)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -109,18 +104,17 @@ def trainer(device, size, batch, words=(), method='dense', target=0.9):
     return step
 
 
-def bench_step(device, repeats):
-    sparse = [name for name in methods.names() if name != 'dense']
+def bench_step(device, repeats, names):
     for size, n in ((8, repeats), (32, max(repeats // 4, 5))):
         functions = {'dense': trainer(device, size, 64)}
         functions |= {
-            f'{name}, {target:.0%}': trainer(device, size, 64, (), name, target) for name in sparse for target in (0.9, 0.99)
+            f'{name}, {target:.0%}': trainer(device, size, 64, (), name, target) for name in names for target in (0.9, 0.99)
         }
         times = interleaved(functions, n, device)
         show(f'training step, ResNet-20 width 32, batch 64, {size}x{size} images', times, 'dense')
 
 
-def bench_amp(device, repeats):
+def bench_amp(device, repeats, names):
     knobs = {'float32': [], '--channels-last': ['--channels-last'], '--amp': ['--amp'], 'both': ['--amp', '--channels-last']}
     for method in ('dense', 'feather'):
         functions = {name: trainer(device, 32, 128, words, method) for name, words in knobs.items()}
@@ -137,13 +131,15 @@ def main():
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--device', type=torch.device, default=torch.device('cpu'))
     parser.add_argument('--repeats', type=int, default=60)
+    sparse = [name for name in methods.names() if name != 'dense']
+    parser.add_argument('--methods', nargs='+', choices=sparse, default=sparse, help='for step')
     options = parser.parse_args()
     if unknown := set(options.which) - set(BENCHES):
         parser.error(f'there is no bench {sorted(unknown)[0]!r}; there are {", ".join(BENCHES)}')
     torch.set_num_threads(options.threads)
     print(f'{hardware(options.device)}, torch {torch.__version__}')
     for name in options.which or BENCHES:
-        BENCHES[name](options.device, options.repeats)
+        BENCHES[name](options.device, options.repeats, options.methods)
 
 
 if __name__ == '__main__':

@@ -5,12 +5,6 @@ python main.py --method dense --dataset digits --epochs 15      the dense contro
 python main.py --config configs/quickstart.yaml --row feather-90
 """
 
-import os
-
-# Before torch is imported: OpenMP threads that spin long while they wait make a machine shared with other work crawl (25 times
-# slower was seen); giving up after 1,000 turns costs 5 % on a quiet one.
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')
-
 import contextlib
 import math
 import shlex
