@@ -4,7 +4,7 @@
     python bench.py threshold                the exact threshold search against one full sort (what the authors' code does)
     python bench.py step                     a training step of each method against the dense step
     python bench.py amp                      --amp, --channels-last and both against the plain step
-    ... --threads 2 --device cpu --repeats 60 --methods feather st3
+    ... --threads 2 --device cpu --repeats 60 --methods feather st3 --record
 
 On a CPU use a quiet machine and as many threads as it has cores; a second program on the same cores spoils every figure.
 """
@@ -14,6 +14,7 @@ import contextlib
 import statistics
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 
@@ -38,12 +39,20 @@ def interleaved(functions, repeats, device):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+LINES = []  # what was said, for --record
+
+
+def say(text):
+    print(text, flush=True)
+    LINES.append(text)
+
+
 def show(title, times, baseline, speedup=False):
     """A line for each thing: milliseconds, and the ratio to the baseline."""
-    print(f'\n{title}')
+    say(f'\n{title}')
     for name, seconds in times.items():
         ratio = times[baseline] / seconds if speedup else seconds / times[baseline]
-        print(f'  {name:<34} {1000 * seconds:9.2f} ms   {ratio:7.2f}x{" as fast" if speedup else " the time"}')
+        say(f'  {name:<34} {1000 * seconds:9.2f} ms   {ratio:7.2f}x{" as fast" if speedup else " the time"}')
 
 
 def bench_threshold(device, repeats, names):
@@ -131,15 +140,19 @@ def main():
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--device', type=torch.device, default=torch.device('cpu'))
     parser.add_argument('--repeats', type=int, default=60)
+    parser.add_argument('--record', action='store_true', help='write what is printed to results/bench.md')
     sparse = [name for name in methods.names() if name != 'dense']
     parser.add_argument('--methods', nargs='+', choices=sparse, default=sparse, help='for step')
     options = parser.parse_args()
     if unknown := set(options.which) - set(BENCHES):
         parser.error(f'there is no bench {sorted(unknown)[0]!r}; there are {", ".join(BENCHES)}')
     torch.set_num_threads(options.threads)
-    print(f'{hardware(options.device)}, torch {torch.__version__}')
+    say(f'{hardware(options.device)}, torch {torch.__version__}')
     for name in options.which or BENCHES:
         BENCHES[name](options.device, options.repeats, options.methods)
+    if options.record:
+        page = Path(__file__).parent / 'results' / 'bench.md'
+        page.write_text('# Speed\n\nMade by `python bench.py --record`.\n\n```\n' + '\n'.join(LINES) + '\n```\n')
 
 
 if __name__ == '__main__':

@@ -13,11 +13,10 @@ Deviation: the paper leaves the momentum of a pruned weight open; here it is cle
 """
 
 import torch
-from torch.nn.utils import parametrize
 
 from args import nonnegative, positive
 from methods import Method as Base
-from sparse_utils import prunable_layers
+from sparse_utils import attach, bake, prunable_layers
 
 
 def sparsity_at(step, start, end, initial, final):
@@ -65,12 +64,11 @@ class Masking(Base):
         self.layers = prunable_layers(model, self.args.pthres)
         if not self.layers:
             raise ValueError(f'the model has no convolution or linear layer with at least {self.args.pthres} weights')
-        self.order = {name: list(layer._parameters) for name, layer in self.layers.items()}
         names = {layer.weight: name for name, layer in self.layers.items()}  # a tied weight counts once
         self.weights = {name: weight for weight, name in names.items()}
         self.factors = {name: torch.ones_like(weight).detach() for name, weight in self.weights.items()}
         for layer in self.layers.values() if self.regrow else ():
-            parametrize.register_parametrization(layer, 'weight', Masked(self.factors[names[layer.weight]]))
+            attach(layer, Masked(self.factors[names[layer.weight]]))
 
     def attach(self, fit):
         self.fit = fit
@@ -92,9 +90,7 @@ class Masking(Base):
                 self.apply([self.fit.optimizer.state.get(weight, {}).get(key) for weight in self.weights.values()])
 
     def finalize(self, model):
-        for name, layer in self.layers.items() if self.regrow else ():
-            parametrize.remove_parametrizations(layer, 'weight', leave_parametrized=False)
-            layer._parameters.update([(key, layer._parameters.pop(key)) for key in self.order[name]])  # else it is last
+        bake(self.layers.values())
         self.apply(self.weights.values())
         self.layers, self.weights, self.factors = {}, {}, {}
         return model

@@ -4,10 +4,12 @@
     python results/table.py --check    fail if one of them is not what the runs say
 
 A row shows the mean and the sample standard deviation over its seeds. Accuracy is that of the last epoch on the test set,
-zeros and MACs are counted on the saved network.
+zeros and MACs are counted on the saved network. README.md repeats some of these pages, between the comments
+<!-- results/NAME.md --> and <!-- end -->; both commands see to those too.
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 import args as arguments  # noqa: E402
 import record  # noqa: E402
 
-CONFIGS, RUNS = HERE.parent / 'configs', HERE / 'runs.jsonl'
+CONFIGS, RUNS, README = HERE.parent / 'configs', HERE / 'runs.jsonl', HERE.parent / 'README.md'
 
 
 def name_of(path):
@@ -53,6 +55,7 @@ def keep(table, results):
     lines = [json.dumps(entry) + '\n' for results in tables.values() for entry in results.values()]
     record.write_atomically(RUNS, lambda file: file.write(''.join(lines).encode()))
     write(table, tables.get(table, {}))
+    README.write_text(readme())
 
 
 def page(table, results):
@@ -121,18 +124,26 @@ def paper(row):
     return ', '.join(f'{key} {value}' for key, value in published.items()) if isinstance(published, dict) else str(published)
 
 
+def readme():
+    """README.md with what it repeats from results/ as it stands there now, without the titles."""
+
+    def included(match):
+        text = (HERE / match[1]).read_text()
+        return f'<!-- results/{match[1]} -->\n{text[text.index("|") if "|" in text else 0 :].strip()}\n<!-- end -->'
+
+    return re.sub(r'<!-- results/(\S+) -->\n.*?<!-- end -->', included, README.read_text(), flags=re.DOTALL)
+
+
 def main():
     tables = {name: results for name, results in recorded().items() if (CONFIGS / f'{name}.yaml').exists()}
-    stale = [name for name, results in tables.items() if not (HERE / f'{name}.md').exists()]
-    stale += [
-        name
-        for name, results in tables.items()
-        if name not in stale and (HERE / f'{name}.md').read_text() != page(name, results)
-    ]
+    pages = {HERE / f'{name}.md': page(name, results) for name, results in tables.items()}
     if '--check' in sys.argv[1:]:
-        sys.exit(f'not what the recorded runs say: results/{", ".join(stale)}.md' if stale else 0)
-    for name in tables:
-        write(name, tables[name])
+        stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text() != text]
+        stale += ['README.md'] if README.read_text() != readme() else []
+        sys.exit(f'not what the recorded runs say: {", ".join(stale)}; python results/table.py rewrites them' if stale else 0)
+    for name, results in tables.items():
+        write(name, results)
+    README.write_text(readme())
 
 
 if __name__ == '__main__':

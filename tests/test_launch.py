@@ -145,6 +145,8 @@ def test_recorded_tables_are_what_the_runs_say(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(tables, 'HERE', tmp_path)
     monkeypatch.setattr(tables, 'RUNS', tmp_path / 'runs.jsonl')
+    monkeypatch.setattr(tables, 'README', tmp_path / 'README.md')
+    (tmp_path / 'README.md').write_text('before\n<!-- results/quickstart.md -->\nold\n<!-- end -->\nafter\n')
     keys = {'weights': 200, 'macs_nonzero': 1e6, 'macs_dense': 2e6, 'seconds': 60, 'device': 'x', 'torch': 'y', 'commit': 'z'}
     result = {
         'status': 'finished',
@@ -161,6 +163,13 @@ def test_recorded_tables_are_what_the_runs_say(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         tables.main()
     assert stop.value.code == 0
+    readme = (tmp_path / 'README.md').read_text()
+    assert readme.startswith('before\n') and readme.endswith('after\n') and '| 98.25' in readme and 'old' not in readme
+    (tmp_path / 'README.md').write_text(readme.replace('98.25', '99.25'))
+    with pytest.raises(SystemExit) as stop:
+        tables.main()
+    assert 'README.md' in stop.value.code
+    (tmp_path / 'README.md').write_text(readme)
     (tmp_path / 'quickstart.md').write_text(page.replace('98.25', '99.25'))
     with pytest.raises(SystemExit) as stop:
         tables.main()
