@@ -13,6 +13,7 @@ fails does not stop the others. Flags of main.py go to every row and win over th
 The exit status is 0 only if every row asked for is finished.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def main():
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `./launch ... --list | head` ends quietly
     words = sys.argv[1:]
     first_flag = next((i for i, word in enumerate(words) if word.startswith('-')), len(words))
     names, flags = words[:first_flag], words[first_flag:]

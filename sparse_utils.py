@@ -140,7 +140,10 @@ def _neighbours(weights, n, k, next_k, previous):
             continue
         below, inside = _between(weights, low, high)
         if k >= below and next_k - below < inside.numel():
-            return inside.kthvalue(k - below + 1).values, inside.kthvalue(next_k - below + 1).values
+            low = inside.kthvalue(k - below + 1).values
+            above = inside[inside > low]
+            tied = inside.numel() - above.numel() > next_k - below  # the next one is as large, or the same
+            return low, low if tied else above.min()
     magnitude = torch.cat(weights).abs_()
     return magnitude.kthvalue(k + 1).values, magnitude.kthvalue(next_k + 1).values
 
