@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,14 +131,12 @@ def test_every_kind_of_sparsity_loss_runs(kind, tmp_path):  # S1: fixed crashed
     assert 0.3 < result['sparsity'] < 0.99 and result['args']['ptarget'] == 0.9
 
 
-def loss_of(kind, values, target=0.9, sizes=(100, 300)):
+def loss_of(kind, values, target=0.9):
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 30))
     method = methods.load('asl')(parse(['--method=asl', f'--sparsity={kind}', f'--starget={target}', '--pthres=1']))
     method.prepare(model, 10)
     for (operator, _), value in zip(adaptive_layers(model).values(), values, strict=True):
         operator.r.data.fill_(initial_thresh(value, 1.0))
-    from types import SimpleNamespace
-
     method.attach(SimpleNamespace(model=model, example=torch.randn(1, 10)))
     return method.loss().item()
 
@@ -155,8 +154,6 @@ def test_flops_weighs_by_macs():
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 2))
     method = methods.load('asl')(parse(['--method=asl', '--sparsity=flops', '--pthres=1']))
     method.prepare(model, 10)
-    from types import SimpleNamespace
-
     method.attach(SimpleNamespace(model=model, example=torch.randn(1, 1, 8, 8)))
     assert method.shares.tolist() == pytest.approx([36 * 64 / (36 * 64 + 512), 512 / (36 * 64 + 512)])
 
