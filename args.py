@@ -17,7 +17,7 @@ import methods
 
 # These say where and on what a run runs, not what it computes: they may differ when a run is continued or looked up.
 PLACE = ['out', 'resume', 'config', 'row', 'sname', 'data_dir', 'no_download', 'workers', 'device', 'gpu', 'no_cuda', 'chain']
-ROW_KEYS = ['id', 'paper', 'minutes', 'note']  # of a table row, beside flags
+ROW_KEYS = ['id', 'seeds', 'paper', 'minutes', 'note']  # of a table row, beside flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,6 +68,11 @@ def common_parser():
     add('--dropout', type=nonnegative, default=0.0, help='dropout rate of a wide ResNet (default: %(default)s)')
     add('--bn-momentum', type=nonnegative, help="momentum of batch norm's running statistics (default: PyTorch's 0.1)")
     add('--ptarget', type=fraction, default=0.95, help='final target pruning ratio, a fraction of zeros (default: %(default)s)')
+    add(
+        '--from',
+        metavar='RUN',
+        help='start from the weights of this finished run (its folder or model.pt) instead of pretraining; {seed} is filled in',
+    )
     add('--pthres', type=count, default=0, help='prune only layers with at least so many weights (default: %(default)s)')
 
     add = parser.add_argument_group('data').add_argument
@@ -226,16 +231,18 @@ def load_table(path):
     if unknown := set(table) - {'title', 'defaults', 'seeds', 'rows'}:
         raise ValueError(f'{path}: unknown key {sorted(map(str, unknown))[0]!r}; a table has title, defaults, seeds and rows')
     table = {'title': Path(path).stem, 'defaults': {}, 'seeds': [0]} | table
-    if not isinstance(table['defaults'], dict) or not isinstance(table['seeds'], list) or not table['seeds']:
-        raise ValueError(f'{path}: `defaults` is a mapping of flags, `seeds` a list of whole numbers')
-    if not all(isinstance(seed, int) and seed >= 0 for seed in table['seeds']):
-        raise ValueError(f'{path}: `seeds` is a list of whole numbers')
+    if not isinstance(table['defaults'], dict):
+        raise ValueError(f'{path}: `defaults` is a mapping of flags')
     ids = [row.get('id') if isinstance(row, dict) else None for row in table['rows']]
     for name in ids:
         if not isinstance(name, str) or not name or set(name) & set('/\\ \t\n') or name.startswith('.'):
             raise ValueError(f'{path}: every row needs an `id` that can be a file name, got {name!r}')
         if ids.count(name) > 1:
             raise ValueError(f'{path}: two rows have the id {name!r}')
+    for row in table['rows']:
+        row['seeds'] = seeds = row.get('seeds', table['seeds'])
+        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+            raise ValueError(f'{path}: `seeds` is a list of whole numbers')
     return table
 
 
@@ -266,7 +273,7 @@ def config_words(first, parser):
     name = first.row if first.row is not None else next(iter(rows))
     if name not in rows:
         raise ValueError(f'{first.config} has no row {name!r}; its rows are {", ".join(rows)}')
-    return [f'--seed={table["seeds"][0]}', *row_words(table, rows[name])]
+    return [f'--seed={rows[name]["seeds"][0]}', *row_words(table, rows[name])]
 
 
 def check_words(parser, words, first):

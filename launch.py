@@ -70,7 +70,7 @@ def expand(path, options, flags):
     """[(row, seed, run folder, words for main.py)] of a table, as far as --row and --seed ask for them."""
     table, rows = arguments.load_table(path), []
     for row in table['rows']:
-        for seed in table['seeds'] if options.seed is None else [options.seed]:
+        for seed in row['seeds'] if options.seed is None else [options.seed]:
             if options.row in (None, row['id']):
                 out = options.runs / tables.name_of(path) / f'{row["id"]}-s{seed}'
                 rows.append(

@@ -34,6 +34,8 @@ def main(argv=None):
             args.model, data.num_classes, args.width, data.in_channels, data.image_size, args.dropout, args.bn_momentum
         )
         method = methods.load(args.method)(args)
+        if run := vars(args).get('from'):
+            method.start_from(model, record.weights(run.replace('{seed}', str(args.seed))))
         folder, lock = record.open_run(args)
     except (DataError, record.RunError, ValueError, RuntimeError) as error:
         sys.exit(f'main.py: error: {error}')

@@ -58,6 +58,14 @@ def load(path, device='cpu'):
         raise RunError(f'{path} is damaged ({reason}): delete it to start over, or take another --out') from None
 
 
+def weights(run):
+    """The state dict of a finished run, named by its folder or by the file. Raises RunError where there is none."""
+    path = Path(run) / 'model.pt' if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise RunError(f'--from {run}: there is no {path}; name the folder of a finished run')
+    return load(path)
+
+
 def write_json(value, path):
     text = json.dumps(value, indent=1) + '\n'
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -23,6 +23,14 @@ class Method:
     def add_args(parser):
         """Add the method's own flags: the paper's default, and help that names the paper's symbol."""
 
+    def start_from(self, model, state):
+        """Load the state dict of the run that --from names, before anything else. Raises ValueError when it does not fit."""
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise ValueError(f'the weights of --from do not fit {self.args.model}: {reason}') from None
+
     def prepare(self, model, steps):
         """Change the model for a stage of `steps` steps, before the optimizer exists; safe to call again."""
 
@@ -66,6 +74,11 @@ class Method:
 
     def load_state_dict(self, state):
         """Take back what state_dict() gave, after prepare()."""
+
+    def pretrain(self, job):
+        """The dense training of --epochs that a pipeline begins with, unless --from gives its end."""
+        if vars(self.args).get('from') is None:
+            job.fit(Method(self.args), 'pretrain')
 
     def run(self, job):
         """One stage of training; pipelines override this with ordinary code over job.fit()."""

@@ -92,6 +92,7 @@ def test_a_failing_row_does_not_stop_the_others(config, tmp_path, monkeypatch, c
         ('{rows: [{id: a}, {id: a}]}', 'two rows have the id'),
         ('{row: [{id: a}], rows: [{id: a}]}', "unknown key 'row'"),
         ('{seeds: [x], rows: [{id: a}]}', 'whole numbers'),
+        ('{rows: [{id: a, seeds: [-1]}]}', 'whole numbers'),
         ('{rows: [{id: a, bach-size: 3}]}', "unknown key 'bach-size' (did you mean batch-size?)"),
         ('{rows: [{id: a, epochs: 0}]}', '--epochs: must be 1 or more'),
         ('{rows: [{id: a, method: fether}]}', 'did you mean feather'),
@@ -105,6 +106,19 @@ def test_a_faulty_config_gets_one_sentence_and_runs_nothing(text, message, tmp_p
     assert run_launcher(monkeypatch, path, f'--runs={tmp_path}/runs') == 2
     err = capfd.readouterr().err
     assert message in err and len(err.strip().splitlines()) == 1 and not (tmp_path / 'runs').exists()
+
+
+def test_a_row_may_have_seeds_of_its_own(config, monkeypatch, capfd):
+    config.write_text(TINY_TABLE.replace('id: dense,', 'id: dense, seeds: [3, 4, 5],'))
+    assert run_launcher(monkeypatch, config, '--list') == 0
+    listed = [line.split()[:3] for line in capfd.readouterr().out.splitlines()[1:]]
+    assert [(row, int(seed)) for row, _, seed in listed] == [
+        ('dense', 3),
+        ('dense', 4),
+        ('dense', 5),
+        ('sparse', 0),
+        ('sparse', 1),
+    ]
 
 
 def test_nothing_matched(config, monkeypatch, capfd):

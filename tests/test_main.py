@@ -134,6 +134,18 @@ def test_resume_takes_its_arguments_from_the_folder(tmp_path, capsys):
         assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_from_starts_at_the_end_of_another_run(tmp_path, capsys):
+    _, dense = run_main(tmp_path / 'dense-s0', '--method=dense')
+    here = ['--method=dense', f'--from={tmp_path}/dense-s{{seed}}', '--lr=0']
+    _, state = run_main(tmp_path / 'on', *here)  # with a learning rate of 0 only batch norm's statistics move
+    parameters = [name for name in dense if name.rsplit('.')[-1] in ('weight', 'bias')]
+    assert all(torch.equal(state[name], dense[name]) for name in parameters)
+    for words, message in [(['--seed=1'], 'there is no'), (['--width=8'], 'do not fit resnet20')]:
+        with pytest.raises(SystemExit) as stop:
+            run_main(tmp_path / 'off', *here, *words)
+        assert message in str(stop.value) and not (tmp_path / 'off').exists()
+
+
 def test_two_runs_in_one_folder(tmp_path):
     from args import parse
     from record import RunError, open_run
