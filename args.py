@@ -16,7 +16,9 @@ import data
 import methods
 
 # These say where and on what a run runs, not what it computes: they may differ when a run is continued or looked up.
-PLACE = ['out', 'resume', 'config', 'row', 'sname', 'data_dir', 'no_download', 'workers', 'device', 'gpu', 'no_cuda', 'chain']
+PLACE = ['command', 'out', 'resume', 'config', 'row', 'sname', 'chain']
+PLACE += ['data_dir', 'no_download', 'workers', 'device', 'gpu', 'no_cuda']
+COMMANDS = ['publish', 'evaluate']  # flags that train nothing
 ROW_KEYS = ['id', 'seeds', 'paper', 'minutes', 'note']  # of a table row, beside flags
 
 
@@ -77,8 +79,6 @@ def common_parser():
 
     add = parser.add_argument_group('data').add_argument
     add('--dataset', choices=list(data.DATASETS), default='cifar100', help='(default: %(default)s)')
-    add('--data-dir', default='./data', help='folder of the datasets, in the layout of torchvision (default: %(default)s)')
-    add('--no-download', action='store_true', help='fail when the dataset is not there, instead of downloading it')
     add('--limit-train', type=positive, metavar='N', help='train on the first N images only')
     add(
         '--val-size',
@@ -93,14 +93,6 @@ def common_parser():
     add('--mean', type=float, nargs='+', help="normalisation, a value a channel (default: the dataset's in data.py)")
     add('--std', type=float, nargs='+', help="normalisation, a value a channel (default: the dataset's in data.py)")
     add('--drop-last', action=switch, default=False, help='leave out the last, smaller batch of an epoch')
-    add(
-        '--workers',
-        type=count,
-        nargs='?',
-        const=8,
-        default=0,
-        help='loader processes for ImageNet; the small datasets stay in memory and need none (default: %(default)s; the bare switch means 8)',
-    )
 
     add = parser.add_argument_group('training').add_argument
     add('--epochs', type=positive, default=160, help='number of epochs of the main training stage (default: %(default)s)')
@@ -134,12 +126,11 @@ def common_parser():
     add('--seed', type=count, default=0, help='of weights, order and augmentation (default: %(default)s)')
 
     add = parser.add_argument_group('speed').add_argument
-    add('--gpu', type=count, default=0, metavar='ID', help='GPU device id (default: %(default)s)')
-    add('--no-cuda', action='store_true', help='run on the CPU even where there is a GPU')
-    add('--device', help='cpu, cuda, cuda:1, ...; overrides --gpu and --no-cuda (default: the GPU if there is one)')
     add('--amp', action=switch, default=False, help='bfloat16 autocast in training; evaluation stays in float32')
     add('--channels-last', action=switch, default=False, help='channels-last memory format, faster with --amp')
     add('--compile', action=switch, default=False, help='torch.compile the training forward')
+
+    place_flags(parser.add_argument_group('place').add_argument)
 
     add = parser.add_argument_group('run').add_argument
     add('--sname', help='name at the end of the run folder (default: method_model)')
@@ -152,10 +143,29 @@ def common_parser():
     return parser
 
 
+def place_flags(add):
+    """Where the data is and what computes."""
+    add('--data-dir', default='./data', help='folder of the datasets, in the layout of torchvision (default: %(default)s)')
+    add('--no-download', action='store_true', help='fail when the dataset is not there, instead of downloading it')
+    add(
+        '--workers',
+        type=count,
+        nargs='?',
+        const=8,
+        default=0,
+        help='loader processes for ImageNet; the small datasets stay in memory and need none (default: %(default)s; the bare switch means 8)',
+    )
+    add('--gpu', type=count, default=0, metavar='ID', help='GPU device id (default: %(default)s)')
+    add('--no-cuda', action='store_true', help='run on the CPU even where there is a GPU')
+    add('--device', help='cpu, cuda, cuda:1, ...; overrides --gpu and --no-cuda (default: the GPU if there is one)')
+
+
 def parse(argv):
     """The command line (a list of words) -> Namespace. Usage errors print one sentence and exit with status 2."""
     parser = common_parser()
     parser.add_argument('-h', '--help', action='store_true', help='show this help, with the flags of the chosen --method')
+    if command := next((name for name in COMMANDS if f'--{name}' in (word.split('=')[0] for word in argv)), None):
+        return parse_command(command, argv)
     first, _ = parser.parse_known_args(argv)
     if first.resume:
         return resumed(parser, argv)
@@ -173,6 +183,7 @@ def parse(argv):
     check_words(parser, words[: len(words) - len(argv)], first)
     args = parser.parse_args(words)
     del args.help
+    args.command = None
     for knob in ('pad', 'pad_mode', 'flip', 'mean', 'std'):  # the dataset's defaults, so that args.json shows what was used
         if getattr(args, knob) is None:
             setattr(args, knob, data.DATASETS[args.dataset][knob])
@@ -188,6 +199,18 @@ def parse(argv):
     return args
 
 
+def parse_command(command, argv):
+    """`--publish RUN` or `--evaluate FILE` with their few flags -> Namespace with `command`."""
+    parser = Parser(prog='main.py', description='Publish or evaluate what a finished run has left.', allow_abbrev=False)
+    add = parser.add_argument
+    add(f'--{command}', required=True, metavar='RUN' if command == 'publish' else 'FILE')
+    if command == 'publish':
+        add('--to', metavar='FILE', help='where to (default: results/weights/<table>/<row>-s<seed>.pt, or RUN/published.pt)')
+    add('--dataset', choices=list(data.DATASETS), help='(default: the one the file was trained on)')
+    place_flags(add)
+    return parser.parse_args(argv, argparse.Namespace(command=command))
+
+
 def resumed(parser, argv):
     """The arguments a run folder was started with; only PLACE flags may be given anew."""
     folder = Path(parser.parse_known_args(argv)[0].resume)
@@ -199,7 +222,7 @@ def resumed(parser, argv):
     flags = {'--' + name.replace('_', '-') for name in PLACE}
     if given - flags:
         parser.error(f'--resume takes its arguments from {folder}/args.json; leave out {", ".join(sorted(given - flags))}')
-    now = parser.parse_args(argv)
+    args.command, now = None, parser.parse_args(argv)
     for name in PLACE:
         if '--' + name.replace('_', '-') in given:
             setattr(args, name, getattr(now, name))

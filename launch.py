@@ -1,6 +1,6 @@
 """Run the rows of tables, one after another:
 
-    ./launch CONFIG... [--list] [--record] [--row ID] [--seed N] [--runs DIR] [flags of main.py]
+    ./launch CONFIG... [--list] [--record] [--publish] [--row ID] [--seed N] [--runs DIR] [flags of main.py]
 
 CONFIG is a YAML file, its name without .yaml, or a folder of them. Each row and seed runs main.py into
 runs/<table>/<row>-s<seed>. A finished run with the same arguments is skipped, an interrupted one continued, and a row that
@@ -8,6 +8,7 @@ fails does not stop the others. Flags of main.py go to every row and win over th
 
 --list     print the rows, their state and expected time; run nothing
 --record   add the finished rows to results/runs.jsonl and rewrite results/<table>.md
+--publish  the same, and put the weights of those rows into results/weights/<table>/
 --row ID   only this row     --seed N   only this seed     --runs DIR   instead of runs/
 
 The exit status is 0 only if every row asked for is finished.
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 
 import args as arguments
+import published
 import record
 from results import table as tables
 
@@ -34,6 +36,7 @@ def main():
     parser = arguments.Parser(prog='launch', add_help=False, allow_abbrev=False)
     parser.add_argument('--list', action='store_true')
     parser.add_argument('--record', action='store_true')
+    parser.add_argument('--publish', action='store_true')
     parser.add_argument('--row')
     parser.add_argument('--seed', type=arguments.count)
     parser.add_argument('--runs', type=Path, default=Path('runs'))
@@ -50,7 +53,7 @@ def main():
         if options.list:
             list_rows(path, rows)
         else:
-            run_rows(path, rows, options.record)
+            run_rows(path, rows, options.record or options.publish, options.publish)
     unfinished = [str(out) for _, rows in jobs for _, _, out, words in rows if state_of(out, words) != 'finished']
     if unfinished and not options.list:
         parser.exit(1, f'launch: {len(unfinished)} of {sum(len(rows) for _, rows in jobs)} failed: {", ".join(unfinished)}\n')
@@ -100,7 +103,7 @@ def list_rows(path, rows):
         print(f'  {row["id"]:<{width}}  seed {seed}  {minutes:>14}  {state_of(out, words)}')
 
 
-def run_rows(path, rows, keep):
+def run_rows(path, rows, keep, publish):
     states = [state_of(out, words) for _, _, out, words in rows]  # all of them first: a typo in the last row shows at once
     for number, ((row, seed, _, words), state) in enumerate(zip(rows, states, strict=True), 1):
         print(f'[{number}/{len(rows)}] {tables.name_of(path)} {row["id"]}, seed {seed}: {state}', flush=True)
@@ -109,6 +112,9 @@ def run_rows(path, rows, keep):
     results = tables.of_folders([(row['id'], seed, out) for row, seed, out, _ in rows])
     if keep:
         tables.keep(tables.name_of(path), results)
+    for _, _, out, words in rows if publish else ():
+        if state_of(out, words) == 'finished':
+            published.publish(out)
     print('\n' + tables.render(path, results), flush=True)
 
 

@@ -3,6 +3,7 @@
 #   ./launch configs/quickstart [flags]     a table (a YAML file, its name without .yaml, or a folder of them)
 #   ./launch configs/feather --list         its rows, their state and expected time; runs nothing
 #   ./launch tests [pytest flags]           the test suite
+#   ./launch verify [--data-dir DIR]        check every published weight file
 # Takes the Python that is active (or $PYTHON) when it has what requirements.txt asks for, else makes .venv here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -52,5 +53,9 @@ fi
 if [ "${1:-}" = tests ]; then
   shift
   exec "$python" -m pytest "$@"
+fi
+if [ "${1:-}" = verify ]; then
+  shift
+  exec "$python" published.py "$@"
 fi
 exec "$python" launch.py "$@"

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import archs
 import methods
+import published
 import record
 from args import parse
 from data import DataError, load
@@ -28,6 +29,8 @@ def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         device = pick_device(args)
+        if args.command:  # --publish, --evaluate, --shrink: something with a run that is finished
+            return published.act(args, device)
         torch.manual_seed(args.seed)
         data = load(args, device)
         model = archs.build(
@@ -132,16 +135,8 @@ class Job:
             self.save(method, optimizer, stage, epoch + 1)
 
     def evaluate(self, loader):
-        """Accuracy in percent over a loader, in float32 and eval mode; the model's modes are afterwards as before."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        with torch.no_grad():
-            for images, labels in loader:
-                correct += (self.model(images).argmax(1) == labels).sum()
-        for module, training in modes:
-            module.training = training
-        return 100 * correct.item() / loader.num_images
+        """Accuracy in percent over a loader, in float32 and eval mode."""
+        return record.accuracy(self.model, loader)
 
     def end_epoch(self, line):
         """Count the epoch, and write its line to log.jsonl, to TensorBoard and to the terminal."""

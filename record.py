@@ -147,6 +147,19 @@ def totals(counts):
     return sum(a for a, _ in counts.values()), sum(b for _, b in counts.values())
 
 
+def accuracy(model, loader):
+    """Accuracy in percent over a loader, in float32 and eval mode; the model's modes are afterwards as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    correct = 0
+    with torch.no_grad():
+        for images, labels in loader:
+            correct = correct + (model(images).argmax(1) == labels).sum()
+    for module, training in modes:
+        module.training = training
+    return 100 * int(correct) / loader.num_images
+
+
 def measure(job, method):
     """The result line: everything in it is counted or measured on the finished model, nothing is taken from the request."""
     model = job.model

@@ -1,0 +1,241 @@
+"""What is done with a finished run: its weights are published in a small file, and anybody can check what the file says.
+
+python main.py --publish RUN                       results/weights/<table>/<row>-s<seed>.pt, or RUN/published.pt outside a table
+python main.py --evaluate FILE --data-dir DIR      rebuild the network and count zeros and accuracy again
+./launch verify [--data-dir DIR]                   the same for every file below results/weights
+
+Such a file is a torch.save of five entries, read with weights_only=True, so nothing in it can run:
+about    JSON: result and arguments of the run, table and row, and name, shape and kind of each tensor
+dense    float32: the tensors that are mostly not zero, one after the other
+values   float32: the non-zero values of the others ('sparse')
+gaps     uint8, deflated: how many zeros stand before each of those values, in base 255
+counts   int64: batch norm's counters
+A 99 % sparse ResNet-20 of 1.1 million weights takes about 70 kB; the state dict that is read back is equal to the bit, but that
+a zero has lost its sign.
+"""
+
+import json
+import math
+import sys
+import zlib
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+import archs
+import args as arguments
+import data
+import record
+from results import table as tables
+from sparse_utils import count_zeros
+
+WEIGHTS = Path(__file__).resolve().parent / 'results' / 'weights'
+LARGEST = 2**28  # parameters: what a file may unfold to, so that a small file cannot fill the memory
+
+
+# ------------------------------------------------------------------------------------------------------------ the format
+
+
+def encode(positions):
+    """Sorted positions (int64, 1-d) -> uint8: each gap g as g // 255 bytes of 255, and one byte g % 255."""
+    gaps = torch.diff(positions, prepend=torch.tensor([-1])) - 1
+    ends = torch.cumsum(gaps // 255 + 1, 0) - 1
+    code = torch.full((int(ends[-1]) + 1 if len(ends) else 0,), 255, dtype=torch.uint8)
+    code[ends] = (gaps % 255).to(torch.uint8)
+    return code
+
+
+def decode(code):
+    """The inverse of encode()."""
+    steps = code.long()
+    steps[code != 255] += 1
+    return torch.cumsum(steps, 0)[code != 255] - 1
+
+
+def fold(state, about):
+    """State dict and JSON-able dict -> what the file holds."""
+    layout, parts = [], {'sparse': [], 'dense': [], 'counts': []}
+    for name, tensor in state.items():
+        if tensor.dtype not in (torch.float32, torch.int64):
+            raise ValueError(f'{name} is {tensor.dtype}; only float32 weights and int64 counters can be published')
+        sparse = tensor.is_floating_point() and tensor.numel() > 4 and torch.count_nonzero(tensor) < 0.8 * tensor.numel()
+        kind = 'sparse' if sparse else 'dense' if tensor.is_floating_point() else 'counts'
+        layout.append([name, list(tensor.shape), kind])
+        parts[kind].append(tensor.detach().cpu().reshape(-1))
+    flat = {kind: torch.cat(tensors) if tensors else torch.empty(0) for kind, tensors in parts.items()}
+    positions = flat['sparse'].nonzero().reshape(-1)
+    packed = zlib.compress(encode(positions).numpy().tobytes(), 9)
+    return {
+        'about': json.dumps(about | {'tensors': layout}),
+        'dense': flat['dense'],
+        'values': flat['sparse'][positions],
+        'gaps': torch.frombuffer(bytearray(packed), dtype=torch.uint8),
+        'counts': flat['counts'].long(),
+    }
+
+
+def unfold(content):
+    """What the file holds -> (state dict, about). Raises ValueError when the parts do not fit together."""
+    about = json.loads(content['about'])
+    sizes = {'sparse': 0, 'dense': 0, 'counts': 0}
+    for _, shape, kind in about['tensors']:
+        if not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError(f'a shape is {shape}')
+        sizes[kind] += math.prod(shape)
+    if sum(sizes.values()) > LARGEST:
+        raise ValueError(f'its tensors would have {sum(sizes.values()):,} entries')
+    survivors = len(content['values'])
+    limit = survivors + sizes['sparse'] // 255 + 1
+    code = zlib.decompressobj().decompress(content['gaps'].numpy().tobytes(), limit)
+    positions = decode(torch.frombuffer(bytearray(code), dtype=torch.uint8)) if code else torch.empty(0, dtype=torch.int64)
+    if len(positions) != survivors or (survivors and positions[-1] >= sizes['sparse']):
+        raise ValueError('positions and values differ in number')
+    flat = {'sparse': torch.zeros(sizes['sparse']), 'dense': content['dense'], 'counts': content['counts']}
+    flat['sparse'][positions] = content['values']
+    if any(len(flat[kind]) != size for kind, size in sizes.items()):
+        raise ValueError('shapes and values differ in number')
+    state, start = {}, dict.fromkeys(sizes, 0)
+    for name, shape, kind in about.pop('tensors'):
+        part = flat[kind][start[kind] : start[kind] + math.prod(shape)]
+        state[name], start[kind] = part.reshape(shape).clone(), start[kind] + math.prod(shape)
+    return state, about
+
+
+def read(path):
+    """A published file -> (state dict, about). Raises RunError for anything else."""
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+        return unfold(content)
+    except Exception as error:  # damage shows as one of many exceptions
+        reason = ' '.join(str(error).split())[:100]
+        raise record.RunError(f'{path} is no published weight file, or a damaged one ({reason})') from None
+
+
+# ------------------------------------------------------------------------------------------------------------ publishing
+
+
+def publish(run, path=None):
+    """Write the published file of a finished run folder and return its path. Raises RunError for a run that has none."""
+    folder = Path(run)
+    result = record.finished(folder)
+    if result is None:
+        raise record.RunError(f'--publish {run}: no finished run there')
+    args = result['args']
+    row = {}
+    if path is None and args.get('config') and args.get('row'):
+        table = tables.name_of(args['config'])
+        row = {'table': table, 'row': args['row'], 'seed': args['seed']}
+        path = WEIGHTS / table / f'{args["row"]}-s{args["seed"]}.pt'
+    path = Path(path or folder / 'published.pt')
+    about = row | {key: value for key, value in result.items() if key != 'layers'}
+    about['args'] = {name: value for name, value in args.items() if name not in arguments.PLACE}
+    content = fold(record.load(folder / 'model.pt'), about)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record.save(content, path)
+    record.say(f'{path}: {path.stat().st_size:,} bytes, {result["zeros"]:,} of {result["weights"]:,} weights are zero')
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluating
+
+
+def rebuild(state, about):
+    """The network a published file describes, with its weights. Raises RunError when they do not fit together."""
+    try:
+        args = Namespace(**about['args'])
+        facts = data.DATASETS[args.dataset]
+        classes = about.get('num_classes', facts['num_classes'])
+        shape = args.width, facts['in_channels'], facts['image_size'], args.dropout, args.bn_momentum
+        model = archs.build(args.model, classes, *shape)
+        model.load_state_dict(state)
+        if args.channels_last:  # the same kernels as in the run, so that the accuracy is the same to the last image
+            model.to(memory_format=torch.channels_last)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = ' '.join(str(error).split())[:150]
+        raise record.RunError(f'the network cannot be rebuilt: {type(error).__name__}: {reason}') from None
+    return model.eval(), args
+
+
+def check(path, loader=None, device=None):
+    """Count a published file again -> (about, {claim: (what the file says, what is counted)}).
+
+    loader: images to count the accuracy on, or None; one may be made with test_images().
+    """
+    state, about = read(path)
+    model, args = rebuild(state, about)
+    zeros, weights = record.totals(count_zeros(model, args.pthres))
+    counted = {'zeros': zeros, 'weights': weights}
+    if loader is not None:
+        counted['accuracy'] = record.accuracy(model.to(device), loader)
+    return about, {claim: (about.get(claim), value) for claim, value in counted.items()}
+
+
+def test_images(args, about, device):
+    """The test set that a published file was evaluated on, with the run's normalisation."""
+    settings = Namespace(**about['args'])
+    settings.data_dir, settings.no_download, settings.workers = args.data_dir, args.no_download, args.workers
+    return data.load(settings, device).test
+
+
+def evaluate(args, device):
+    """`--evaluate FILE`: print what the file says and what is counted. Returns whether they agree."""
+    _, about = read(args.evaluate)
+    dataset = about['args']['dataset']
+    if args.dataset not in (None, dataset):
+        raise record.RunError(f'{args.evaluate} was trained on {dataset}, not on {args.dataset}')
+    about, claims = check(args.evaluate, test_images(args, about, device), device)
+    made = f'{about["args"]["method"]} on {about["args"]["model"]}, {dataset}, seed {about["args"]["seed"]}'
+    record.say(f'{made}; trained on {about["device"]}, torch {about["torch"]}, commit {about["commit"]}')
+    for claim, (said, counted) in claims.items():
+        record.say(f'{claim:<10} file {said}, counted {counted}' + ('' if said == counted else '   DIFFERENT'))
+    return all(said == counted for said, counted in claims.values())
+
+
+def act(args, device):
+    """The commands of main.py that train nothing. Exits with status 1 when a file is not what it says."""
+    if args.command == 'publish':
+        publish(args.publish, args.to)
+    elif not evaluate(args, device):
+        sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------- verifying
+
+
+def verify(argv):
+    """`./launch verify`: check every file below results/weights. Returns the exit status."""
+    parser = arguments.Parser(prog='launch verify', description='Check every published weight file.', allow_abbrev=False)
+    parser.add_argument('--data-dir', help='also count the accuracies, on the datasets in this folder')
+    parser.add_argument('--weights', type=Path, default=WEIGHTS, help='the folder of the files (default: %(default)s)')
+    args = parser.parse_args(argv)
+    args.no_download, args.workers, device = True, 0, torch.device('cpu')
+    files, loaders, wrong = sorted(args.weights.rglob('*.pt')), {}, 0
+    recorded = tables.recorded()
+    for path in files:
+        try:
+            about = read(path)[1]
+            loader = None
+            if args.data_dir is not None:
+                settings = {name: about['args'][name] for name in ('dataset', 'mean', 'std', 'batch_size')}
+                key = json.dumps(settings)
+                loader = loaders[key] = loaders.get(key) or test_images(args, about, device)
+            about, claims = check(path, loader, device)
+            line = recorded.get(about.get('table'), {}).get((about.get('row'), about.get('seed')))
+            for claim in ('zeros', 'weights', 'accuracy', 'commit'):
+                if line is None or line[claim] != about[claim]:
+                    claims[f'{claim} in runs.jsonl'] = (about[claim], None if line is None else line[claim])
+            faults = [f'{claim}: file {said}, found {found}' for claim, (said, found) in claims.items() if said != found]
+            seen = f'{about["zeros"]:,} zeros' + ('' if loader is None else f', {about["accuracy"]:.2f} %')
+        except (record.RunError, data.DataError) as error:
+            faults, seen = [str(error)], ''
+        wrong += bool(faults)
+        record.say(f'{path.relative_to(args.weights)}: {"WRONG: " + "; ".join(faults) if faults else seen + " as it says"}')
+    record.say(
+        f'{len(files)} files, {wrong} wrong' + ('' if args.data_dir else '; accuracies not counted, no --data-dir given')
+    )
+    return int(wrong > 0 or not files)
+
+
+if __name__ == '__main__':
+    sys.exit(verify(sys.argv[1:]))
