@@ -45,11 +45,12 @@ class _Feather(torch.autograd.Function):
         ctx.theta = theta
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(factor.ceil(), weight, threshold)
-        elif theta != 1:
-            sparse = weight * factor
-            ctx.save_for_backward(factor.ceil_().clamp_(min=theta))  # m: 1 where kept, theta where pruned
-            return sparse
-        return factor.mul_(weight)
+            return factor.mul_(weight)
+        sparse = factor.mul_(weight)
+        if theta != 1:
+            scale = torch.where(threshold > 0, theta, 1.0).to(weight.dtype)
+            ctx.save_for_backward(sparse, scale)  # the layer keeps `sparse` anyway: where it is not zero, the weight was kept
+        return sparse
 
     @staticmethod
     def backward(ctx, grad):
@@ -58,7 +59,8 @@ class _Feather(torch.autograd.Function):
             to_threshold = -torch.sum(grad * weight * (1 - keep)) / threshold
             return grad * keep.clamp(min=ctx.theta), to_threshold, None, None
         if ctx.theta != 1:
-            grad = grad * ctx.saved_tensors[0]
+            sparse, scale = ctx.saved_tensors
+            grad = sparse.sign().abs_().clamp_(min=scale).mul_(grad)  # m: 1 where kept, theta where pruned
         return grad, None, None, None
 
 
@@ -181,7 +183,8 @@ def _between(weights, low, high):
         balance.append(offset.sign().sum())  # magnitudes above the middle minus those below it
         inside.append(blocks[offset.abs_().amin(1) <= reach])  # all blocks that may hold a magnitude of the bracket
         total += magnitude.numel()
-    inside = torch.cat(inside)
+    inside = torch.cat(inside).view(-1, BLOCK // 8)
+    inside = inside[(inside - middle).abs_().amin(1) <= reach]  # smaller blocks first: comparing single values is slow
     inside = inside[(inside >= low) & (inside <= high)]
     below_middle = (total - int((inside == middle).sum()) - int(torch.stack(balance).sum(dtype=torch.float64))) // 2
     return below_middle - int((inside < middle).sum()), inside

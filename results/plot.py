@@ -1,0 +1,171 @@
+"""Pictures of recorded tables, beside their pages: results/<table>.png and .svg, results/<table>-layers.png and .svg.
+
+    python results/plot.py [TABLE...]        default: every table with enough runs for a picture
+
+<table>         accuracy against sparsity and against MACs: mean and sample standard deviation over seeds, a line for each method,
+                hollow marks for the figures the papers give, a dashed line for the dense network; on the axis of sparsity the
+                methods stand a little beside one another, or their marks would cover each other
+<table>-layers  share of zeros in each layer, counted in the published weights, at the highest sparsity that most methods have
+Colours are those of Okabe and Ito, and every series has a mark of its own, so that a picture can be read in print and by the
+colour-blind.
+"""
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import args as arguments  # noqa: E402
+import published  # noqa: E402
+from results import table as tables  # noqa: E402
+from sparse_utils import count_zeros  # noqa: E402
+
+COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8C6D31', '#7F7F7F']
+MARKS = ['o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', 'p', 'h', '*']
+TICKS = [0, 50, 80, 90, 95, 98, 99, 99.5, 99.9]
+STYLE = {
+    'font.size': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'grid.alpha': 0.3,
+    'svg.hashsalt': 'results',  # the same runs give the same file
+    'svg.fonttype': 'none',
+}
+
+
+def series_of(row):
+    """The method a row belongs to: its id without a last number, feather-98 -> feather."""
+    return re.sub(r'-[0-9.]+$', '', row)
+
+
+def points(table, results):
+    """{series: [(sparsity %, MMACs, mean accuracy, deviation, published accuracy or None)]} of the rows with finished runs."""
+    series = {}
+    for row in table['rows']:
+        runs = [result for (name, _), result in results.items() if name == row['id'] and result['status'] == 'finished']
+        if runs:
+            accuracies = [run['accuracy'] for run in runs]
+            figures = row.get('paper')
+            figures = figures.get('accuracy') if isinstance(figures, dict) else figures
+            series.setdefault(series_of(row['id']), []).append(
+                (
+                    100 * statistics.fmean(run['sparsity'] for run in runs),
+                    statistics.fmean(run['macs_nonzero'] for run in runs) / 1e6,
+                    statistics.fmean(accuracies),
+                    statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+                    figures,
+                )
+            )
+    return series
+
+
+def draw_curves(table, results):
+    """Accuracy against sparsity and MACs -> figure, or None when no method has a point beside the dense one."""
+    series = points(table, results)
+    dense = [point for name, found in series.items() for point in found if point[0] == 0]
+    series = {name: sorted(point for point in found if point[0] > 0) for name, found in series.items()}
+    series = {name: found for name, found in series.items() if found}
+    if not series:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout='constrained')
+    for number, (name, found) in enumerate(series.items()):
+        look = {'color': COLOURS[number % len(COLOURS)], 'marker': MARKS[number % len(MARKS)], 'markersize': 5}
+        aside = 1.025 ** (number - (len(series) - 1) / 2)
+        for axes, x in ((left, [(100 - point[0]) * aside for point in found]), (right, [point[1] for point in found])):
+            y, spread = [point[2] for point in found], [point[3] for point in found]
+            axes.errorbar(x, y, spread, label=name, capsize=2, linewidth=1.2, elinewidth=0.8, **look)
+            given = [(a, point[4]) for a, point in zip(x, found, strict=True) if isinstance(point[4], int | float)]
+            if given:
+                axes.plot(*zip(*given, strict=True), linestyle='', fillstyle='none', **look)
+    for axes in (left, right):
+        axes.set_xscale('log')
+        for number, point in enumerate(dense):
+            axes.axhline(point[2], color='black', linestyle='--', linewidth=1, label=None if number else 'dense')
+    left.invert_xaxis()
+    left.xaxis.set_major_locator(FixedLocator([100 - tick for tick in TICKS]))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda kept, _: f'{100 - kept:g}'))
+    left.xaxis.set_minor_locator(NullLocator())
+    left.set_xlabel('zeros among prunable weights, %')
+    right.invert_xaxis()
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    right.xaxis.set_minor_locator(NullLocator())
+    right.set_xlabel('million MACs with non-zero weights, one image')
+    left.set_ylabel('test accuracy, %')
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside right upper', frameon=False)
+    figure.suptitle(table['title'], fontsize=10)
+    return figure
+
+
+def layer_shares(name):
+    """{row: {layer: share of zeros}} from the published weights of a table, first seed of each row."""
+    shares = {}
+    for path in sorted((published.WEIGHTS / name).glob('*.pt')):
+        state, about = published.read(path)
+        if about['row'] not in shares and about['zeros']:
+            model, args = published.rebuild(state, about)
+            shares[about['row']] = {layer: zeros / n for layer, (zeros, n) in count_zeros(model, args.pthres).items()}
+    return shares
+
+
+def draw_layers(table, name):
+    """Zeros in each layer as bars, a panel for each method -> figure, or None when nothing of the table is published."""
+    shares = layer_shares(name)
+    shares = {row['id']: shares[row['id']] for row in table['rows'] if row['id'] in shares}
+    endings = [match[0] for row in shares if (match := re.search(r'-[0-9.]+$', row))]
+    if not endings:
+        return None
+    ending = max(endings, key=lambda text: (endings.count(text), float(text[1:])))
+    chosen = {row: found for row, found in shares.items() if row.endswith(ending)}
+    figure, panels = plt.subplots(
+        len(chosen), 1, figsize=(9, 0.9 + 0.95 * len(chosen)), sharex=True, sharey=True, squeeze=False, layout='constrained'
+    )
+    for number, (axes, (row, found)) in enumerate(zip(panels[:, 0], chosen.items(), strict=True)):
+        axes.bar(range(len(found)), [100 * share for share in found.values()], color=COLOURS[number % len(COLOURS)])
+        axes.set_title(row, loc='left', fontsize=9, pad=2)
+        axes.set_ylim(0, 100)
+        axes.set_yticks([0, 50, 100])
+        axes.grid(axis='x', visible=False)
+    last = panels[-1, 0]
+    last.set_xticks(range(len(found)), list(found), rotation=90, fontsize=7)
+    figure.supylabel('zeros in the layer, %', fontsize=9)
+    figure.suptitle(f'{table["title"]}: where the zeros are', fontsize=10)
+    return figure
+
+
+def save(figure, path):
+    """Write PNG and SVG. Returns their paths; none for None."""
+    if figure is None:
+        return []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix('.svg'), metadata={'Date': None})
+    figure.savefig(path.with_suffix('.png'), dpi=150, metadata={'Software': None})
+    plt.close(figure)
+    return [path.with_suffix('.png'), path.with_suffix('.svg')]
+
+
+def main(names):
+    recorded = tables.recorded()
+    if unknown := [name for name in names if name not in recorded]:
+        sys.exit(f'no runs recorded of {", ".join(unknown)}; there are {", ".join(recorded)}')
+    plt.rcParams.update(STYLE)
+    for name in names or recorded:
+        table = arguments.load_table(tables.CONFIGS / f'{name}.yaml')
+        written = save(draw_curves(table, recorded[name]), HERE / f'{name}.svg')
+        written += save(draw_layers(table, name), HERE / f'{name}-layers.svg')
+        print(*[path.relative_to(HERE.parent) for path in written] or [f'{name}: nothing to draw'], sep='\n')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
