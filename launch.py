@@ -1,6 +1,7 @@
 """Run the rows of tables, one after another:
 
-    ./launch CONFIG... [--list] [--record] [--publish] [--row ID] [--seed N] [--runs DIR] [flags of main.py]
+    ./launch CONFIG... [--list] [--record] [--publish] [--row ID] [--seed N] [--runs DIR]
+                       [--parallel N] [flags of main.py]
 
 CONFIG is a YAML file, its name without .yaml, or a folder of them. Each row and seed runs main.py into
 runs/<table>/<row>-s<seed>. A finished run with the same arguments is skipped, an interrupted one continued, and a row that
@@ -10,13 +11,16 @@ fails does not stop the others. Flags of main.py go to every row and win over th
 --record   add the finished rows to results/runs.jsonl and rewrite results/<table>.md
 --publish  the same, and put the weights of those rows into results/weights/<table>/
 --row ID   only this row     --seed N   only this seed     --runs DIR   instead of runs/
+--parallel N   so many runs side by side, for a GPU that one small network does not fill; each prints to <run folder>/output.txt
 
 The exit status is 0 only if every row asked for is finished.
 """
 
+import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import args as arguments
@@ -40,6 +44,7 @@ def main():
     parser.add_argument('--row')
     parser.add_argument('--seed', type=arguments.count)
     parser.add_argument('--runs', type=Path, default=Path('runs'))
+    parser.add_argument('--parallel', type=arguments.positive, default=1)
     if not names:
         parser.exit(0 if flags in (['-h'], ['--help']) else 2, __doc__)
     options, flags = parser.parse_known_args(flags)
@@ -53,7 +58,7 @@ def main():
         if options.list:
             list_rows(path, rows)
         else:
-            run_rows(path, rows, options.record or options.publish, options.publish)
+            run_rows(path, rows, options)
     unfinished = [str(out) for _, rows in jobs for _, _, out, words in rows if state_of(out, words) != 'finished']
     if unfinished and not options.list:
         parser.exit(1, f'launch: {len(unfinished)} of {sum(len(rows) for _, rows in jobs)} failed: {", ".join(unfinished)}\n')
@@ -103,19 +108,37 @@ def list_rows(path, rows):
         print(f'  {row["id"]:<{width}}  seed {seed}  {minutes:>14}  {state_of(out, words)}')
 
 
-def run_rows(path, rows, keep, publish):
+def run_rows(path, rows, options):
+    table = tables.name_of(path)
     states = [state_of(out, words) for _, _, out, words in rows]  # all of them first: a typo in the last row shows at once
-    for number, ((row, seed, _, words), state) in enumerate(zip(rows, states, strict=True), 1):
-        print(f'[{number}/{len(rows)}] {tables.name_of(path)} {row["id"]}, seed {seed}: {state}', flush=True)
-        if state != 'finished':
-            subprocess.run([sys.executable, HERE / 'main.py', *words], check=False)
+    with ThreadPoolExecutor(options.parallel) as pool:
+        for number, ((row, seed, out, words), state) in enumerate(zip(rows, states, strict=True), 1):
+            pool.submit(
+                run_row, f'[{number}/{len(rows)}] {table} {row["id"]}, seed {seed}', state, out, words, options.parallel
+            )
     results = tables.of_folders([(row['id'], seed, out) for row, seed, out, _ in rows])
-    if keep:
-        tables.keep(tables.name_of(path), results)
-    for _, _, out, words in rows if publish else ():
+    if options.record or options.publish:
+        tables.keep(table, results)
+    for _, _, out, words in rows if options.publish else ():
         if state_of(out, words) == 'finished':
             published.publish(out)
     print('\n' + tables.render(path, results), flush=True)
+
+
+def run_row(title, state, out, words, parallel):
+    """One run in a process of its own; side by side with others it has its share of the cores, and prints to a file."""
+    print(f'{title}: {state}', flush=True)
+    if state == 'finished':
+        return
+    command = [sys.executable, HERE / 'main.py', *words]
+    if parallel == 1:
+        subprocess.run(command, check=False)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    threads = {'OMP_NUM_THREADS': str(max((os.cpu_count() or 1) // parallel, 1))}
+    with open(out / 'output.txt', 'a') as file:
+        ended = subprocess.run(command, check=False, stdout=file, stderr=subprocess.STDOUT, env=threads | os.environ)
+    print(f'{title}: {"ended" if ended.returncode == 0 else f"failed, see {out}/output.txt"}', flush=True)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, same_state
 
 import args as arguments
 import launch
@@ -106,6 +107,16 @@ def test_a_faulty_config_gets_one_sentence_and_runs_nothing(text, message, tmp_p
     assert run_launcher(monkeypatch, path, f'--runs={tmp_path}/runs') == 2
     err = capfd.readouterr().err
     assert message in err and len(err.strip().splitlines()) == 1 and not (tmp_path / 'runs').exists()
+
+
+def test_runs_side_by_side_are_the_runs_one_after_another(config, tmp_path, monkeypatch, capfd):
+    for folder, words in (('one', []), ('two', ['--parallel=2'])):
+        assert run_launcher(monkeypatch, config, '--row=sparse', f'--runs={tmp_path}/{folder}', *words) == 0
+    out = capfd.readouterr().out
+    assert out.count(': ended') == 2 and 'zeros' in (tmp_path / 'two/tiny/sparse-s0/output.txt').read_text()
+    for seed in (0, 1):
+        one, two = ((tmp_path / folder / f'tiny/sparse-s{seed}/model.pt') for folder in ('one', 'two'))
+        assert same_state(torch.load(one, weights_only=True), torch.load(two, weights_only=True))
 
 
 def test_a_row_may_have_seeds_of_its_own(config, monkeypatch, capfd):
