@@ -97,6 +97,13 @@ def common_parser():
     add = parser.add_argument_group('training').add_argument
     add('--epochs', type=positive, default=160, help='number of epochs of the main training stage (default: %(default)s)')
     add('--batch-size', type=positive, default=128, help='(default: %(default)s)')
+    add(
+        '--accumulate',
+        type=positive,
+        default=1,
+        metavar='N',
+        help='compute the gradient of a batch in N pieces, which take less memory (default: %(default)s)',
+    )
     add('--lr', type=nonnegative, default=0.1, help='initial learning rate (default: %(default)s)')
     add('--lr-schedule', choices=['cosine', 'multistep', 'constant'], default='cosine', help='(default: %(default)s)')
     add('--lr-restarts', type=count, default=0, help='warm restarts of the cosine, evenly spread (default: %(default)s)')
@@ -128,7 +135,13 @@ def common_parser():
     add = parser.add_argument_group('speed').add_argument
     add('--amp', action=switch, default=False, help='bfloat16 autocast in training; evaluation stays in float32')
     add('--channels-last', action=switch, default=False, help='channels-last memory format, faster with --amp')
-    add('--compile', action=switch, default=False, help='torch.compile the training forward')
+    add(
+        '--compile',
+        nargs='?',
+        const='default',
+        choices=['default', 'reduce-overhead', 'max-autotune'],
+        help='torch.compile the training forward; reduce-overhead uses CUDA graphs',
+    )
 
     place_flags(parser.add_argument_group('place').add_argument)
 

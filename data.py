@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from distributed import rank, world
+
 # `pad`, `pad_mode`, `flip`, `mean` and `std` are defaults that the command line may override; mean and std
 # are per channel, of pixels in [0, 1]. Feather's authors use CIFAR-10's constants for CIFAR-100 too, and so
 # do we.
@@ -106,6 +108,12 @@ def split_sizes(total, args):
     return end, start
 
 
+def number_of_batches(images, size, train, drop_last):
+    """Batches an epoch; in training a last one that has not an image for each process is left out."""
+    whole, rest = divmod(images, size)
+    return whole + (rest >= (world() if train else 1) and not drop_last)
+
+
 def epoch_seed(*numbers):
     """One 32-bit seed from several non-negative integers, such as (seed, epoch)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -159,8 +167,11 @@ class Batches:
         self.crops = images.to(device).unfold(2, height, 1).unfold(3, width, 1)
 
     def __len__(self):
-        whole, rest = divmod(self.num_images, self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return number_of_batches(self.num_images, self.batch_size, self.train, self.drop_last)
+
+    def size(self, index):
+        """Images in batch `index`, over all processes."""
+        return min(self.batch_size, self.num_images - index * self.batch_size)
 
     def set_epoch(self, epoch):
         """Choose the order and augmentation of the coming iterations; `epoch` counts from 0."""
@@ -180,7 +191,9 @@ class Batches:
     def __iter__(self):
         drawn = self.draw() if self.train else None
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            part = slice(start, start + self.batch_size)
+            part = slice(start + rank(), min(start + self.batch_size, self.num_images), world())
+            if part.start >= part.stop:  # an evaluation's last batch may have nothing for this process
+                return
             if self.train:
                 order, top, left, mirror = drawn[:, part]
                 images, labels = self.crops[order, :, top, left], self.labels[order]
@@ -409,28 +422,33 @@ class FolderBatches:
     """`Images` through a DataLoader, used as `Batches` is: yields normalised batches on the device."""
 
     def __init__(self, images, args, device, train):
-        self.images, self.num_images, self.device = images, len(images), torch.device(device)
+        self.images, self.num_images, self.device, self.train = images, len(images), torch.device(device), train
+        self.batch_size, self.workers, self.drop_last = args.batch_size, args.workers, train and args.drop_last
         self.normalise = normaliser(args.mean, args.std, device, args.channels_last)
-        self.generator = torch.Generator()  # for evaluation too: a loader without one draws from the global one
-        self.loader = torch.utils.data.DataLoader(
-            images,
-            args.batch_size,
-            shuffle=train,
-            num_workers=args.workers,
-            pin_memory=self.device.type == 'cuda',
-            drop_last=train and args.drop_last,
-            generator=self.generator,
-        )
 
     def __len__(self):
-        return len(self.loader)
+        return number_of_batches(self.num_images, self.batch_size, self.train, self.drop_last)
+
+    def size(self, index):
+        """Images in batch `index`, over all processes."""
+        return min(self.batch_size, self.num_images - index * self.batch_size)
 
     def set_epoch(self, epoch):
         """Choose the order and augmentation of the coming iterations; `epoch` counts from 0."""
         self.images.epoch = epoch  # also seen by the workers, as each epoch starts new ones
 
     def __iter__(self):
-        self.generator.manual_seed(epoch_seed(self.images.seed, self.images.epoch))
-        for images, labels in self.loader:
+        generator = torch.Generator().manual_seed(epoch_seed(self.images.seed, self.images.epoch))
+        count = self.num_images
+        order = torch.randperm(count, generator=generator) if self.train else torch.arange(count)
+        shares = [batch[rank() :: world()].tolist() for batch in order.split(self.batch_size)[: len(self)]]
+        loader = torch.utils.data.DataLoader(
+            self.images,
+            batch_sampler=[share for share in shares if share],
+            num_workers=self.workers,
+            pin_memory=self.device.type == 'cuda',
+            generator=generator,  # one without it draws from the global one
+        )
+        for images, labels in loader:
             images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
             yield self.normalise(images), labels

@@ -7,6 +7,7 @@ python main.py --config configs/quickstart.yaml --row feather-90
 
 import contextlib
 import math
+import os
 import shlex
 import sys
 import time
@@ -17,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 import archs
+import distributed
 import methods
 import published
 import record
@@ -31,6 +33,7 @@ def main(argv=None):
         device = pick_device(args)
         if args.command:  # --publish, --evaluate, --shrink: something with a run that is finished
             return published.act(args, device)
+        distributed.start(device)
         torch.manual_seed(args.seed)
         data = load(args, device)
         model = archs.build(
@@ -88,51 +91,68 @@ class Job:
         again from its start does the right thing. Stage names must differ within a pipeline.
         """
         args = Namespace(**vars(self.args) | changes)
-        model, device, batches = self.model, self.device, len(self.train)
-        method.prepare(model, args.epochs * batches)
+        model = self.model
+        method.prepare(model, args.epochs * len(self.train))
         optimizer = make_optimizer(args, method.param_groups(model))
-        criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-        autocast = torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
-        example = next(iter(self.test))[0][:1]
-        method.attach(Namespace(model=model, optimizer=optimizer, criterion=criterion, autocast=autocast, example=example))
-        start = self.restore(method, optimizer, stage)
-        forward = torch.compile(model) if args.compile else model
-        for epoch in range(start, args.epochs):
-            began, total, seen = time.perf_counter(), torch.zeros((), device=device), 0
-            model.train()
-            self.train.set_epoch(self.done['epochs'])
-            progress = tqdm(self.train, f'{stage} {epoch + 1}/{args.epochs}', leave=False, disable=None)
-            for step, (images, labels) in enumerate(progress, epoch * batches):
-                method.before_step(step)
-                with autocast:
-                    loss = criterion(forward(images), labels)
-                extra = method.loss()
-                total, seen = total + loss.detach() * len(labels), seen + len(labels)
-                optimizer.zero_grad()
-                (loss if extra is None else loss + extra).backward()
-                method.after_backward(step)
-                if args.clip:
-                    nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-                factor = lr_factor(args, step, batches)
-                for group in optimizer.param_groups:
-                    group['lr'] = group['initial_lr'] * factor
-                optimizer.step()
-                method.after_step(step, (images, labels))
+        forward = distributed.wrap(model)
+        fit = Namespace(
+            model=model,
+            forward=torch.compile(forward, mode=args.compile) if args.compile else forward,
+            optimizer=optimizer,
+            criterion=nn.CrossEntropyLoss(label_smoothing=args.label_smoothing),
+            autocast=torch.autocast(self.device.type, torch.bfloat16) if args.amp else contextlib.nullcontext(),
+            example=next(iter(self.test))[0][:1],
+        )
+        method.attach(fit)
+        for epoch in range(self.restore(method, optimizer, stage), args.epochs):
+            began = time.perf_counter()
+            loss, images = self.train_epoch(method, fit, args, stage, epoch)
             method.after_epoch(epoch)
-            line = {'stage': stage, 'epoch': epoch + 1, 'epochs': args.epochs, 'loss': total.item() / seen}
-            if not math.isfinite(line['loss']):
-                raise record.RunError(
-                    f'the loss is {line["loss"]} in epoch {epoch + 1} of {stage}: try a lower --lr than {args.lr:g}'
-                )
-            line['images_per_second'] = round(seen / (time.perf_counter() - began), 1)
+            distributed.same_buffers(model)
+            line = {'stage': stage, 'epoch': epoch + 1, 'epochs': args.epochs, 'loss': loss}
+            line['images_per_second'] = round(images / (time.perf_counter() - began), 1)
             line['accuracy'] = self.evaluate(self.test)
             if self.val is not None:
                 line['val_accuracy'] = self.evaluate(self.val)
             zeros, weights = record.totals(count_zeros(model, args.pthres))
-            line |= {'sparsity': zeros / weights, 'lr': args.lr * factor, **method.metrics()}
+            last = lr_factor(args, (epoch + 1) * len(self.train) - 1, len(self.train))
+            line |= {'sparsity': zeros / weights, 'lr': args.lr * last, **method.metrics()}
             line['seconds'] = round(time.perf_counter() - began, 3)
             self.end_epoch(line)
             self.save(method, optimizer, stage, epoch + 1)
+
+    def train_epoch(self, method, fit, args, stage, epoch):
+        """The steps of one epoch -> (mean loss, number of images). Raises RunError when the loss is not finite."""
+        batches, device = len(self.train), self.device
+        total, good, seen = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device), 0
+        fit.model.train()
+        self.train.set_epoch(self.done['epochs'])
+        progress = tqdm(
+            self.train, f'{stage} {epoch + 1}/{args.epochs}', leave=False, disable=True if distributed.rank() else None
+        )
+        for index, (images, labels) in enumerate(progress):
+            step, size = epoch * batches + index, self.train.size(index)
+            method.before_step(step)
+            fit.optimizer.zero_grad()
+            total += backward(method, fit, images, labels, size, args.accumulate)
+            good, seen = good + total.isfinite(), seen + size
+            method.after_backward(step)
+            if args.clip:
+                nn.utils.clip_grad_norm_(fit.model.parameters(), args.clip)
+            factor = lr_factor(args, step, batches)
+            for group in fit.optimizer.param_groups:
+                group['lr'] = group['initial_lr'] * factor
+            fit.optimizer.step()
+            method.after_step(step, (images, labels))
+            if (index + 1) % 50 == 0 or index + 1 == batches:  # not each step, as this waits for the GPU
+                if not total.isfinite():
+                    self.diverged(f'step {int(good) + 1} of {batches} of epoch {epoch + 1} of {stage}', args.lr * factor)
+        return distributed.total(total).item() / seen, seen
+
+    def diverged(self, place, lr):
+        kept = self.done['epochs']
+        rest = f'the checkpoint of {kept} epochs in {self.folder} is from before' if kept else 'there is no checkpoint yet'
+        raise record.RunError(f'the loss is not finite in {place}, at a learning rate of {lr:g}; {rest}: try a lower --lr')
 
     def evaluate(self, loader):
         """Accuracy in percent over a loader, in float32 and eval mode."""
@@ -146,11 +166,12 @@ class Job:
         self.done['epochs'] += 1
         self.done['seconds'] += line['seconds']
         self.done['best'] = max(self.done['best'], line['accuracy'])
-        self.writer = self.writer or SummaryWriter(self.folder, purge_step=self.done['epochs'])
-        for name, value in line.items():
-            if name not in ('stage', 'epoch', 'epochs'):
-                self.writer.add_scalar(name, value, self.done['epochs'])
-        self.writer.flush()
+        if distributed.rank() == 0:
+            self.writer = self.writer or SummaryWriter(self.folder, purge_step=self.done['epochs'])
+            for name, value in line.items():
+                if name not in ('stage', 'epoch', 'epochs'):
+                    self.writer.add_scalar(name, value, self.done['epochs'])
+            self.writer.flush()
         record.say(
             f'{line["stage"]} {line["epoch"]:>{len(str(line["epochs"]))}}/{line["epochs"]}  loss {line["loss"]:.4f}  '
             f'accuracy {line["accuracy"]:.2f} %  sparsity {100 * line["sparsity"]:.2f} %  {line["seconds"]:.1f} s'
@@ -167,12 +188,16 @@ class Job:
     def restore(self, method, optimizer, stage):
         """Load what there is of this stage and return the epoch to go on with, 0 for none."""
         ended, current = self.folder / f'stage-{stage}.pt', self.folder / 'checkpoint.pt'
+        distributed.wait()
         if ended.exists():
             state = record.load(ended, self.device)
         elif current.exists():
             state = record.load(current, self.device)
             if state['stage'] != stage:  # the stage before has ended: keep its end, and start this one
-                current.rename(self.folder / f'stage-{state["stage"]}.pt')
+                distributed.wait()
+                if distributed.rank() == 0:
+                    current.rename(self.folder / f'stage-{state["stage"]}.pt')
+                distributed.wait()
                 return 0
         else:
             return 0
@@ -186,12 +211,25 @@ class Job:
         return state['epoch']
 
 
+def backward(method, fit, images, labels, size, parts):
+    """Gradients of a step's mean loss over the `size` images that all processes have, in `parts` pieces -> sum of the losses."""
+    total = 0.0
+    for number, (some, their) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+        with fit.autocast:
+            loss = fit.criterion(fit.forward(some), their)
+        extra = method.loss() if number == 0 else None
+        share = len(their) * distributed.world() / size  # 1 in one piece and one process; gradients are averaged over processes
+        (loss * share if extra is None else loss * share + extra).backward()
+        total = total + loss.detach() * len(their)
+    return total
+
+
 def pick_device(args):
     """--device, or the GPU number --gpu where there is one, else the CPU."""
     if args.device is None and (args.no_cuda or not torch.cuda.is_available()):
         record.say('running on the CPU' + ('' if args.no_cuda else ': PyTorch finds no CUDA device'))
         return torch.device('cpu')
-    device = torch.device(args.device or f'cuda:{args.gpu}')
+    device = torch.device(args.device or f'cuda:{os.environ.get("LOCAL_RANK", args.gpu)}')
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f'there is no device {device}: PyTorch finds {torch.cuda.device_count()} CUDA devices')
     torch.backends.cudnn.benchmark = True

@@ -9,6 +9,7 @@ model.pt         plain state dict of the finished network: original names and or
 result.json      what came out, or why the run failed; written last
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import distributed
 from args import differences
 from sparse_utils import count_macs, count_zeros
 
@@ -35,7 +37,9 @@ class RunError(Exception):
 
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary file beside `path`, then put it in place of `path` in one step."""
+    """Call write(file) on a temporary file beside `path`, then put it in place of `path` in one step; only rank 0 does."""
+    if distributed.rank():
+        return
     temporary = path.with_name(path.name + '.tmp')
     with open(temporary, 'wb') as file:
         write(file)
@@ -81,8 +85,11 @@ def read_json(path):
 
 def open_run(args):
     """Make or reopen the run's folder -> (Path, lock). Raises RunError when it holds another run, or one that is running."""
-    folder = Path(args.out or f'runs/{datetime.now():%Y-%m-%d_%H-%M-%S}_{args.sname}')
-    args.out = str(folder)
+    args.out = distributed.same(str(args.out or f'runs/{datetime.now():%Y-%m-%d_%H-%M-%S}_{args.sname}'))
+    folder = Path(args.out)
+    if distributed.rank():
+        distributed.wait()  # until rank 0 has the folder; if it fails, torchrun ends this process too
+        return folder, contextlib.nullcontext()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / 'lock', 'w')
@@ -103,6 +110,7 @@ def open_run(args):
             f'{folder} belongs to a run with other arguments ({"; ".join(changed)}); '
             f'take another --out, or continue that run with --resume {folder}'
         )
+    distributed.wait()
     return folder, lock
 
 
@@ -155,9 +163,10 @@ def accuracy(model, loader):
     with torch.no_grad():
         for images, labels in loader:
             correct = correct + (model(images).argmax(1) == labels).sum()
+    correct = distributed.total(torch.as_tensor(correct, device=labels.device))
     for module, training in modes:
         module.training = training
-    return 100 * int(correct) / loader.num_images
+    return 100 * correct.item() / loader.num_images
 
 
 def measure(job, method):
@@ -206,5 +215,6 @@ def report(result, folder):
 
 def say(text):
     """Print without disturbing a progress bar, and at once."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    if distributed.rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()

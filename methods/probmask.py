@@ -184,7 +184,7 @@ class Method(Base):
         elif self.images is not None:
             for _ in range(self.args.samples - 1):
                 with self.fit.autocast:
-                    loss = self.fit.criterion(self.fit.model(self.images), self.labels)
+                    loss = self.fit.criterion(self.fit.forward(self.images), self.labels)
                 loss.backward()
             for parameter in self.fit.model.parameters():
                 if parameter.grad is not None:

@@ -1,0 +1,69 @@
+"""Several processes, one model: what DistributedDataParallel does not do by itself.
+
+    torchrun --nproc_per_node=8 main.py ...        or: NPROC=8 ./launch configs/st3/imagenet
+
+Every process has a share of each batch and of each evaluation, and draws the same random numbers, so that weights, thresholds,
+masks and probabilities are the same in all of them. The first process (rank 0) alone prints and writes. With one process each
+function here does nothing.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def start(device):
+    """Join the processes that torchrun has started, if it has."""
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wrap(model):
+    """The model whose backward averages the gradients over the processes."""
+    if world() == 1:
+        return model
+    # A method may have parameters that a forward does not use, such as the group logits of dsp.
+    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def total(tensor):
+    """The sum over the processes of a tensor, in place; returns it."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average(tensors):
+    """Replace each floating-point tensor by its mean over the processes, in place."""
+    for tensor in tensors if world() > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= world()
+
+
+def same_buffers(model):
+    """Give all processes the buffers of rank 0: each has batch norm statistics of its own share of the images."""
+    for buffer in model.buffers() if world() > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
+def same(value):
+    """The value (of plain types) that rank 0 has."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def wait():
+    """Go on when all processes are here: what rank 0 has written can be read then."""
+    if world() > 1:
+        dist.barrier()
