@@ -27,12 +27,9 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wrap(model):
-    """The model whose backward averages the gradients over the processes."""
-    if world() == 1:
-        return model
-    # A method may have parameters that a forward does not use, such as the group logits of dsp.
-    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+def wrap(model, idle=False):
+    """The model whose backward averages the gradients over the processes; idle: it has parameters that a forward does not use."""
+    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=idle) if world() > 1 else model
 
 
 def total(tensor):

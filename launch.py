@@ -13,6 +13,8 @@ fails does not stop the others. Flags of main.py go to every row and win over th
 --row ID   only this row     --seed N   only this seed     --runs DIR   instead of runs/
 --parallel N   so many runs side by side, for a GPU that one small network does not fill; each prints to <run folder>/output.txt
 
+With NPROC=8 in the environment each run is started by torchrun as 8 processes, one for each GPU.
+
 The exit status is 0 only if every row asked for is finished.
 """
 
@@ -130,7 +132,9 @@ def run_row(title, state, out, words, parallel):
     print(f'{title}: {state}', flush=True)
     if state == 'finished':
         return
-    command = [sys.executable, HERE / 'main.py', *words]
+    processes = os.environ.get('NPROC')
+    several = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
+    command = [sys.executable, *several, HERE / 'main.py', *words]
     if parallel == 1:
         subprocess.run(command, check=False)
         return

@@ -94,7 +94,7 @@ class Job:
         model = self.model
         method.prepare(model, args.epochs * len(self.train))
         optimizer = make_optimizer(args, method.param_groups(model))
-        forward = distributed.wrap(model)
+        forward = distributed.wrap(model, method.IDLE)
         fit = Namespace(
             model=model,
             forward=torch.compile(forward, mode=args.compile) if args.compile else forward,

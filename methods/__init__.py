@@ -8,11 +8,37 @@ import difflib
 import importlib
 import pkgutil
 
+# The classes of NNI's pruners, and the modules they live in.
+PRUNERS = {
+    'LevelPruner': 'level',
+    'SlimPruner': 'slim',
+    'FPGMPruner': 'fpgm',
+    'L1FilterPruner': 'l1_filter',
+    'L2FilterPruner': 'l2_filter',
+    'ActivationAPoZRankFilterPruner': 'apoz',
+    'ActivationMeanRankFilterPruner': 'mean_activation',
+    'TaylorFOWeightFilterPruner': 'taylor_fo',
+    'AGP_Pruner': 'agp',
+    'NetAdaptPruner': 'netadapt',
+    'SimulatedAnnealingPruner': 'simulated_annealing',
+    'AutoCompressPruner': 'autocompress',
+    'ADMMPruner': 'admm',
+    'LotteryTicketPruner': 'lottery_ticket',
+}
+
+
+def __getattr__(name):
+    """`from methods import LevelPruner`: imported when asked for, as the modules import this one."""
+    if name not in PRUNERS:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(f'methods.{PRUNERS[name]}'), name)
+
 
 class Method:
     """Dense training, and the base of every method."""
 
     DEFAULTS = {}  # flag defaults of the paper's example run, over those of args.py: {'epochs': 60, 'lr': 0.1}
+    IDLE = False  # whether it adds parameters that the forward pass does not use
     GIVES = 'zeros'  # 'zeros' in the original network, 'a smaller network', or 'the dense network'
 
     def __init__(self, args):

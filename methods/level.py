@@ -1,0 +1,176 @@
+"""Level pruning, NNI's LevelPruner: in each layer the weights of smallest magnitude go, at once (Han et al., "Learning both
+Weights and Connections for Efficient Neural Networks", NeurIPS 2015, arXiv 1506.02626, without its iterations).
+
+floor(s n) of the n weights of a layer are zero, however many are equal (see compressor.py). Biases stay. --scope global, which
+NNI has not, ranks the weights of all layers together.
+
+OneShot is what the one-shot pruners do on the command line: pretrain, prune, fine-tune.
+"""
+
+import itertools
+from fnmatch import fnmatchcase
+
+import torch.nn.functional as F
+
+import record
+from args import count, nonnegative, positive
+from compressor import DEFAULT_TYPES, Compressor, keep_globally, meant
+from methods import Method as Base
+
+
+class LevelPruner(Compressor):
+    """LevelPruner(model, config_list, optimizer=None); config keys sparsity, op_types, op_names, exclude.
+
+    global_sort: rank the weights of all layers together; all entries then have one sparsity.
+    """
+
+    FILTERS = False
+
+    def __init__(self, model, config_list, optimizer=None, *, global_sort=False):
+        super().__init__(model, config_list, optimizer)
+        self.global_sort = global_sort
+        if global_sort:
+            self.one_sparsity()
+
+    @staticmethod
+    def scores(weights):
+        """|w|"""
+        return {name: weight.abs() for name, weight in weights.items()}
+
+    def choose(self, scores):
+        return keep_globally(scores, self.one_sparsity(), self.keep) if self.global_sort else super().choose(scores)
+
+
+def add_layer_flags(parser):
+    add = parser.add_argument
+    add('--layers', nargs='+', metavar='NAME', help='prune these layers only; a name may be a pattern: layer1.*.conv1')
+    add('--exclude', nargs='+', default=[], metavar='NAME', help='do not prune these layers; patterns as in --layers')
+
+
+class OneShot(Base):
+    """Pretrain for --epochs (or --from a run), prune once to --ptarget, fine-tune with the masks."""
+
+    PRUNER, TYPES = LevelPruner, DEFAULT_TYPES  # the class, and the types of layers it is given
+    SCOPES = ()  # what --scope offers; the first is the default
+    DEFAULTS = {'model': 'vgg16', 'dataset': 'cifar10', 'epochs': 160, 'lr_schedule': 'multistep', 'ptarget': 0.5}
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.pruner = None
+
+    @classmethod
+    def add_args(cls, parser):
+        add, shown = parser.add_argument, ' (default: %(default)s)'
+        add('--finetune-epochs', type=count, default=40, metavar='N', help='epochs with the masks, after --epochs' + shown)
+        add('--finetune-lr', type=nonnegative, default=1e-3, help='their learning rate, constant' + shown)
+        add_layer_flags(parser)
+        if cls.SCOPES:
+            add('--scope', choices=cls.SCOPES, default=cls.SCOPES[0], help='rank in each layer, or all together' + shown)
+
+    def layer_names(self, model):
+        """(names to prune, names of the same types that are left out). Raises ValueError for a name that matches nothing."""
+        able = {n: m for n, m in model.named_modules() if type(m).__name__ in self.TYPES}
+        for pattern in [*(self.args.layers or []), *self.args.exclude]:
+            if not any(fnmatchcase(name, pattern) for name in able):
+                raise ValueError(f'{pattern!r} matches no {" or ".join(self.TYPES[:2])} layer{meant(pattern, able)}')
+
+        def among(name, patterns):
+            return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+        chosen = [
+            name
+            for name, module in able.items()
+            if among(name, self.args.layers or ['*'])
+            and not among(name, self.args.exclude)
+            and module.weight.numel() >= self.args.pthres
+        ]
+        if not chosen:
+            raise ValueError(f'--layers, --exclude and --pthres leave no {" or ".join(self.TYPES[:2])} layer to prune')
+        return chosen, [name for name in able if name not in chosen]
+
+    def config_list(self, model):
+        """The config list that the flags mean."""
+        return [{'sparsity': self.args.ptarget, 'op_names': self.layer_names(model)[0]}]
+
+    def options(self):
+        """Further arguments of the class."""
+        return {'global_sort': self.args.scope == 'global'} if len(self.SCOPES) > 1 else {}
+
+    def make_pruner(self, model):
+        return self.PRUNER(model, self.config_list(model), **self.options())
+
+    def announce(self, model):
+        chosen, others = self.layer_names(model)
+        kinds = ' and '.join(sorted({type(model.get_submodule(name)).__name__ for name in chosen}))
+        record.say(
+            f'prunes {len(chosen)} layers: {", ".join(chosen)}; leaves out {", ".join(others)}'
+            if others
+            else f'prunes all {len(chosen)} layers of type {kinds}'
+        )
+
+    def run(self, job):
+        self.announce(job.model)
+        self.make_pruner(job.model)  # a faulty configuration is to show before training
+        self.pretrain(job)
+        self.pruner = self.make_pruner(job.model)
+        self.prune(job)
+        if self.args.finetune_epochs:
+            stage = {'epochs': self.args.finetune_epochs, 'lr': self.args.finetune_lr}
+            job.fit(self, 'finetune', **stage, lr_schedule='constant', warmup_epochs=0.0)
+
+    def prune(self, job):
+        self.pruner.update_mask()
+        record.say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
+
+    def attach(self, fit):
+        if self.pruner is not None:
+            self.pruner.bind(fit.optimizer)
+
+    def after_backward(self, step):
+        if self.pruner is not None and self.args.clip:
+            self.pruner.mask_gradients()
+
+    def finalize(self, model):
+        if self.pruner is not None:
+            self.pruner.apply()
+            self.pruner.unhook()
+        return model
+
+    def state_dict(self):
+        return {} if self.pruner is None else {'masks': self.pruner.masks}
+
+    def load_state_dict(self, state):
+        if self.pruner is not None:
+            self.pruner.load_masks(state['masks'])
+
+
+class Watching(OneShot):
+    """One-shot pruners of filters that first watch training batches, with the pretrained weights."""
+
+    TYPES = ('Conv2d',)
+
+    @classmethod
+    def add_args(cls, parser):
+        super().add_args(parser)
+        help = 'training batches on which filters are judged, before fine-tuning (default: %(default)s)'
+        parser.add_argument('--statistics-batches', type=positive, default=10, metavar='N', help=help)
+
+    def options(self):
+        return super().options() | {'statistics_batch_num': self.args.statistics_batches}
+
+    def prune(self, job):
+        model, state = job.model, {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+        job.train.set_epoch(0)  # a resumed run must see the same images
+        self.pruner.watch()
+        model.train()
+        for images, labels in itertools.islice(job.train, self.args.statistics_batches):
+            model.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+        model.zero_grad()
+        model.load_state_dict(state)  # batch norm has seen these batches: not now
+        self.pruner.unhook()
+        super().prune(job)
+
+
+class Method(OneShot):
+    SCOPES = ('layer', 'global')

@@ -1,0 +1,174 @@
+"""The lottery ticket, NNI's LotteryTicketPruner (Frankle and Carbin, "The Lottery Ticket Hypothesis: Finding Sparse, Trainable
+Neural Networks", ICLR 2019, arXiv 1803.03635, section 1: iterative pruning by rounds of train, prune, reset).
+
+Round 0 trains the dense network. Round k of n prunes each layer to the share 1 - (1 - P)^(k/n) of its weights that ended the
+round before with the least magnitude, sets what is left back to its initial values, and trains again. That is NNI's schedule:
+every round prunes the same share 1 - (1 - P)^(1/n) of the survivors, in every layer. The paper prunes 20 % a round, and half of
+that in the output layer. A pruned weight never returns. Biases and batch norms are not pruned, but set back.
+--rewind-epoch k sets back to the end of epoch k of round 0 instead (Frankle et al., "Linear Mode Connectivity and the Lottery
+Ticket Hypothesis", ICML 2020); each round still trains all epochs with the whole schedule of the learning rate.
+On the command line, --last-round k stops after round k, and --chain DIR shares finished rounds among such runs, to the bit. The
+run's folder holds rounds.json, a list with the sparsity and accuracy of each round, and ticket.pt, the winning ticket: the
+state dict that the last round began with, whose zeros are the mask.
+"""
+
+import copy
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import record
+from args import count, positive
+from compressor import Compressor
+from methods import lrr
+from methods.level import LevelPruner, OneShot, add_layer_flags
+
+
+def sparsity_at(k, final, rounds):
+    """The share of zeros in round k: 1 - (1 - final)^(k / rounds), and exactly `final` in the last."""
+    return final if k == rounds else 1 - (1 - final) ** (k / rounds)
+
+
+class LotteryTicketPruner(Compressor):
+    """LotteryTicketPruner(model, config_list, optimizer=None, lr_scheduler=None, reset_weights=True).
+
+    Config keys prune_iterations (equal in all entries), sparsity, op_types, op_names, exclude. The state of model, optimizer and
+    scheduler at construction, or at the last save_rewind_point(), is what each round goes back to; reset_weights=False goes on
+    from the trained weights instead.
+    """
+
+    REQUIRED, FILTERS = ('prune_iterations', 'sparsity'), False
+    scores = staticmethod(LevelPruner.scores)
+
+    def __init__(self, model, config_list, optimizer=None, lr_scheduler=None, reset_weights=True):
+        super().__init__(model, config_list, optimizer)
+        counts = sorted({entry['prune_iterations'] for entry in self.entries.values()})
+        if len(counts) > 1:
+            raise ValueError(f'prune_iterations must be equal in all entries of config_list, got {counts}')
+        self.iterations, self.final, self.round = counts[0], self.sparsity, None
+        self.sparsity = dict.fromkeys(self.final, 0.0)
+        self.lr_scheduler, self.reset_weights = lr_scheduler, reset_weights
+        self.save_rewind_point()
+
+    def get_prune_iterations(self):
+        """The rounds: 0, which is dense, to prune_iterations."""
+        return range(self.iterations + 1)
+
+    def prune_iteration_start(self):
+        """Begin the next round: the masks from the weights as they are, then back to the beginning. Round 0 changes nothing.
+
+        Raises ValueError when all rounds are over.
+        """
+        number = 0 if self.round is None else self.round + 1
+        if number > self.iterations:
+            raise ValueError(f'all {self.iterations} rounds of pruning, after the dense one, are over')
+        self.round = number
+        if number:
+            self.sparsity = {name: sparsity_at(number, final, self.iterations) for name, final in self.final.items()}
+            self.update_mask()
+            if self.reset_weights:
+                self.reset()
+
+    def save_rewind_point(self):
+        """From now on a round goes back to the present state of model, optimizer and scheduler: late rewinding."""
+        self.initial = {'model': copy.deepcopy(self.model.state_dict())}
+        for key, owner in (('optimizer', self.optimizer), ('lr_scheduler', self.lr_scheduler)):
+            self.initial[key] = None if owner is None else copy.deepcopy(owner.state_dict())
+
+    def reset(self):
+        """Back to the rewind point, under the masks."""
+        self.model.load_state_dict(self.initial['model'])
+        for key, owner in (('optimizer', self.optimizer), ('lr_scheduler', self.lr_scheduler)):
+            if owner is not None and self.initial[key] is not None:
+                owner.load_state_dict(copy.deepcopy(self.initial[key]))
+        self.apply()
+
+    def ticket(self):
+        """The winning ticket of this round: the state dict of the rewind point times the masks."""
+        state = {name: tensor.clone() for name, tensor in self.initial['model'].items()}
+        for name, masks in self.masks.items():
+            state[f'{name}.weight' if name else 'weight'].mul_(masks['weight'])
+        return state
+
+    def export_ticket(self, model_path, mask_path=None):
+        """Save the winning ticket, and its masks, in the form of export_model(), which saves the trained network."""
+        record.save({name: tensor.cpu() for name, tensor in self.ticket().items()}, Path(model_path))
+        if mask_path is not None:
+            record.save(self.plain_masks(), Path(mask_path))
+
+
+class Method(OneShot):
+    DEFAULTS = {'model': 'lenet300_100', 'dataset': 'mnist', 'epochs': 50, 'batch_size': 60, 'ptarget': 0.96, 'clip': 0.0}
+    DEFAULTS |= {'optimizer': 'adam', 'lr': 1.2e-3, 'lr_schedule': 'constant', 'wd': 0.0}
+    take_over, keep, chain_file = lrr.Method.take_over, lrr.Method.keep, lrr.Method.chain_file
+
+    def __init__(self, args):
+        super().__init__(args)
+        last = args.prune_iterations if args.last_round is None else args.last_round
+        if last > args.prune_iterations:
+            raise ValueError(f'--last-round {last} is above --prune-iterations {args.prune_iterations}')
+        if args.rewind_epoch > args.epochs:
+            raise ValueError(f'--rewind-epoch {args.rewind_epoch} is not within the {args.epochs} epochs of round 0')
+        self.targets = [sparsity_at(k, args.ptarget, args.prune_iterations) for k in range(last + 1)]
+        self.chain = None if args.chain is None else Path(args.chain.replace('{seed}', str(args.seed)))
+        self.round = 0
+
+    @classmethod
+    def add_args(cls, parser):
+        add, shown = parser.add_argument, ' (default: %(default)s)'
+        add('--prune-iterations', type=positive, default=10, metavar='N', help='n, rounds after the dense one' + shown)
+        add('--last-round', type=count, metavar='K', help='stop after round K, as the first part of the whole (default: N)')
+        add('--rewind-epoch', type=count, default=0, metavar='K', help='set back to the end of epoch K of round 0' + shown)
+        add('--chain', metavar='DIR', help='folder in which runs of several --last-round share rounds; {seed} is filled in')
+        add_layer_flags(parser)
+
+    def config_list(self, model):
+        return [super().config_list(model)[0] | {'prune_iterations': self.args.prune_iterations}]
+
+    def after_epoch(self, epoch):
+        if self.pruner is not None and self.round == 0 and epoch + 1 == self.args.rewind_epoch:
+            self.pruner.save_rewind_point()
+
+    def state_dict(self):
+        late = self.pruner is not None and self.args.rewind_epoch > 0
+        return super().state_dict() | ({'rewind': self.pruner.initial['model']} if late else {})
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        if 'rewind' in state:
+            self.pruner.initial['model'] = state['rewind']
+
+    def run(self, job):
+        """Each round is a stage; what comes before the last stage that has ended is not needed (see lrr.py)."""
+        self.announce(job.model)
+        self.pruner = LotteryTicketPruner(job.model, self.config_list(job.model))
+        first = self.take_over(shared(job))
+        self.pruner.round = first  # whose masks and weights fit() loads, unless it is 0
+        for number in range(first, len(self.targets)):
+            self.round = number
+            if number > first:
+                self.pruner.prune_iteration_start()
+            job.fit(self, f'round{number}')
+            if self.chain is not None:
+                self.keep(shared(job))
+            record.write_json(rounds_of(job), job.folder / 'rounds.json')
+        self.pruner.export_ticket(job.folder / 'ticket.pt')
+
+
+def shared(job):
+    """The job as the chain of lrr.py is to see it, which compares arguments: rounds depend on all but the last round."""
+    view, args = copy.copy(job), vars(job.args) | {'final_sparsity': job.args.ptarget}
+    view.args = Namespace(**{name: value for name, value in args.items() if name != 'last_round'})
+    return view
+
+
+def rounds_of(job):
+    """What log.jsonl says of each round: sparsity, accuracy after its last epoch, and the best of its epochs."""
+    lines = [json.loads(line) for line in (job.folder / 'log.jsonl').read_text().splitlines()[: job.done['epochs']]]
+    rounds = []
+    for stage in dict.fromkeys(line['stage'] for line in lines):
+        accuracies = [line['accuracy'] for line in lines if line['stage'] == stage]
+        sparsity = next(line['sparsity'] for line in reversed(lines) if line['stage'] == stage)
+        figures = {'sparsity': sparsity, 'accuracy': accuracies[-1], 'best_accuracy': max(accuracies)}
+        rounds.append({'round': int(stage.removeprefix('round'))} | figures)
+    return rounds
