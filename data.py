@@ -415,7 +415,10 @@ class Images(torch.utils.data.Dataset):
         # torchvision draws from the global CPU generator: give it this image's seed for as long as it takes.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(epoch_seed(self.seed, self.epoch, 1 + index))
-            return self.transform(path), label
+            try:
+                return self.transform(path), label
+            except (OSError, SyntaxError, ValueError, EOFError) as error:  # what PIL raises for damaged files
+                raise DataError(f'{path} cannot be read as an image ({" ".join(str(error).split())[:80]})') from None
 
 
 class FolderBatches:
@@ -449,6 +452,9 @@ class FolderBatches:
             pin_memory=self.device.type == 'cuda',
             generator=generator,  # one without it draws from the global one
         )
-        for images, labels in loader:
-            images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
-            yield self.normalise(images), labels
+        try:
+            for images, labels in loader:
+                images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+                yield self.normalise(images), labels
+        except DataError as error:  # from a worker it comes with that one's traceback
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix('data.DataError: ')) from None

@@ -65,9 +65,10 @@ def carry_out(job, method):
     except KeyboardInterrupt:
         sys.exit(f'interrupted; continue with: python main.py --resume {shlex.quote(str(job.folder))}')
     except Exception as error:
-        reason = str(error) if isinstance(error, record.RunError) else f'{type(error).__name__}: {error}'
+        expected = isinstance(error, (record.RunError, DataError, ValueError))
+        reason = str(error) if expected else f'{type(error).__name__}: {error}'
         record.write_json({'status': 'failed', 'reason': reason, 'args': vars(job.args)}, job.folder / 'result.json')
-        if isinstance(error, (record.RunError, ValueError)):
+        if expected:
             sys.exit(f'main.py: error: {error}')
         raise
     finally:

@@ -742,6 +742,20 @@ def test_imagenet_folders_that_will_not_do(folders, tmp_path):
         load('imagenet', folders)
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_broken_jpeg_is_named(folders, workers):
+    broken = sorted((folders / 'train').rglob('*.jpg'))[3]
+    whole = broken.read_bytes()
+    try:
+        for content in (whole[:200], b'', b'not a picture'):
+            broken.write_bytes(content)
+            with pytest.raises(data.DataError, match=f'{broken.name} cannot be read as an image') as caught:
+                whole_epoch(load('imagenet', folders, workers=workers).train)
+            assert '\n' not in str(caught.value)
+    finally:
+        broken.write_bytes(whole)
+
+
 def test_imagenet_needs_torchvision(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torchvision', None)
     monkeypatch.delitem(sys.modules, 'torchvision.datasets', raising=False)
