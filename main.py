@@ -67,7 +67,8 @@ def carry_out(job, method):
     except Exception as error:
         expected = isinstance(error, (record.RunError, DataError, ValueError))
         reason = str(error) if expected else f'{type(error).__name__}: {error}'
-        record.write_json({'status': 'failed', 'reason': reason, 'args': vars(job.args)}, job.folder / 'result.json')
+        with contextlib.suppress(record.RunError):  # a full disk may be the reason
+            record.write_json({'status': 'failed', 'reason': reason, 'args': vars(job.args)}, job.folder / 'result.json')
         if expected:
             sys.exit(f'main.py: error: {error}')
         raise
@@ -202,10 +203,16 @@ class Job:
                 return 0
         else:
             return 0
-        self.model.load_state_dict(state['model'])
-        optimizer.load_state_dict(state['optimizer'])
-        method.load_state_dict(state['method'])
-        torch.set_rng_state(state['rng'].cpu())
+        try:
+            self.model.load_state_dict(state['model'])
+            optimizer.load_state_dict(state['optimizer'])
+            method.load_state_dict(state['method'])
+            torch.set_rng_state(state['rng'].cpu())
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = ' '.join(str(error).split())[:100]
+            raise record.RunError(
+                f'{ended if ended.exists() else current} does not fit this run ({reason}); take another --out'
+            ) from None
         if 'cuda_rng' in state and self.device.type == 'cuda':
             torch.cuda.set_rng_state(state['cuda_rng'].cpu(), self.device)
         self.done = state['done']

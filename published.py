@@ -105,11 +105,12 @@ def unfold(content):
 def read(path):
     """A published file -> (state dict, about). Raises RunError for anything else."""
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-        return unfold(content)
-    except Exception as error:  # damage shows as one of many exceptions
+        return unfold(record.load(path))
+    except record.RunError:
+        raise
+    except Exception as error:  # wrong content shows as one of many exceptions
         reason = ' '.join(str(error).split())[:100]
-        raise record.RunError(f'{path} is no published weight file, or a damaged one ({reason})') from None
+        raise record.RunError(f'{path} is no published weight file ({reason})') from None
 
 
 # ------------------------------------------------------------------------------------------------------------ publishing

@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import zipfile
 from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
@@ -41,11 +42,15 @@ def write_atomically(path, write):
     if distributed.rank():
         return
     temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'wb') as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())[:100]
+        raise RunError(f'cannot write {path} ({reason}); what stood there before is as it was') from None
 
 
 def save(state, path):
@@ -56,6 +61,9 @@ def save(state, path):
 def load(path, device='cpu'):
     """Read what save() wrote: tensors and plain types only, never code. Raises RunError for a damaged file."""
     try:
+        with zipfile.ZipFile(path) as parts:  # torch.load does not look at the checksums
+            if damaged := parts.testzip():
+                raise ValueError(f'the checksum of {damaged} is wrong')
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch reports damage as RuntimeError, EOFError, UnpicklingError, KeyError, ...
         reason = str(error).strip().split('\n')[0][:100]
@@ -95,6 +103,17 @@ def open_run(args):
         lock = open(folder / 'lock', 'w')
     except OSError as error:
         raise RunError(f'cannot write the run folder {folder}: {error.strerror}') from None
+    try:
+        claim(folder, lock, args)
+    except RunError:
+        lock.close()
+        raise
+    distributed.wait()
+    return folder, lock
+
+
+def claim(folder, lock, args):
+    """Take the lock and write args.json, or see that the one that is there is the same."""
     if fcntl is not None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,8 +129,6 @@ def open_run(args):
             f'{folder} belongs to a run with other arguments ({"; ".join(changed)}); '
             f'take another --out, or continue that run with --resume {folder}'
         )
-    distributed.wait()
-    return folder, lock
 
 
 def finished(folder):
@@ -123,7 +140,9 @@ def finished(folder):
 def log(folder, line, number):
     """Write `line` as line `number` (from 0) of log.jsonl: what stood there or after it was never saved, and is repeated now."""
     path = folder / 'log.jsonl'
-    lines = path.read_text().splitlines(keepends=True)[:number] if path.exists() else []
+    lines = path.read_text(errors='replace').splitlines(keepends=True)[:number] if path.exists() else []
+    if len(lines) < number or not all(line.endswith('\n') for line in lines):
+        raise RunError(f'{path} is damaged: it should have {number} lines; take another --out, or delete the folder to start over')
     write_atomically(path, lambda file: file.write((''.join(lines) + json.dumps(line) + '\n').encode()))
 
 
