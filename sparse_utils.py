@@ -109,15 +109,17 @@ def global_threshold(weights, ratio, previous=None):
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f'ratio must lie in [0, 1], got {ratio}')
-    weights = [_flat(weight.detach()) for weight in weights]
+    dtype = weights[0].dtype if weights else None
+    exact = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype  # which cannot count to 300 and 3,000
+    weights = [_flat(weight.detach()).to(exact) for weight in weights]
     n = sum(weight.numel() for weight in weights)
     if n == 0:
         raise ValueError('there are no weights to threshold')
     position = (n - 1) * ratio
     k = math.floor(position)
     low, high = _neighbours(weights, n, k, min(k + 1, n - 1), previous)
-    threshold = (low + (high - low) * (position - k)).to(weights[0].dtype)
-    return torch.where(threshold < high, threshold, low.to(threshold.dtype))  # rounded up to `high` it would prune one too many
+    threshold = (low + (high - low) * (position - k)).to(dtype)
+    return torch.where(threshold < high, threshold, low.to(dtype))  # rounded up to `high` it would prune one too many
 
 
 def _flat(tensor):
