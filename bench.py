@@ -4,6 +4,7 @@
     python bench.py threshold                the exact threshold search against one full sort (what the authors' code does)
     python bench.py step                     a training step of each method against the dense step
     python bench.py amp                      --amp, --channels-last and both against the plain step
+    python bench.py criteria                 the masks of NNI's pruners for torchvision's ResNet-50, from construction to zeros
     ... --threads 2 --device cpu --repeats 60 --methods feather st3 --record
 
 On a CPU use a quiet machine and as many threads as it has cores; a second program on the same cores spoils every figure.
@@ -21,6 +22,7 @@ import torch
 import archs
 import methods
 from args import parse
+from compressor import ALGORITHMS, StatisticsPruner, algorithm
 from record import hardware
 from sparse_utils import global_threshold
 
@@ -131,7 +133,31 @@ def bench_amp(device, repeats, names):
         show(f'{method} step, ResNet-20 width 32, batch 128, 32x32 images', times, 'float32', speedup=True)
 
 
-BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp}
+def bench_criteria(device, repeats, names):
+    """From scores to zeros; what apoz, mean_activation and taylorfo have to see (one batch of two images here) is not timed."""
+    torch.manual_seed(0)
+    model = archs.build('resnet50', 1000, image_size=224).to(device)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    functions = {}
+    for name in ALGORITHMS:
+        kinds = algorithm(name).TYPES or ('default',)
+        pruner = algorithm(name)(model, [{'sparsity': 0.5, 'op_types': list(kinds)}])
+        if isinstance(pruner, StatisticsPruner):
+            pruner.watch()
+            model.train()(torch.randn(2, 3, 224, 224, device=device)).square().mean().backward()
+            model.zero_grad()
+
+        def masks(pruner=pruner):
+            pruner.set_masks(None)  # all anew
+            pruner.update_mask()
+
+        functions[name] = masks
+    times = interleaved(functions, max(repeats // 12, 3), device)
+    model.load_state_dict(state)
+    show('masks of half of ResNet-50, 25.6 million parameters', times, 'l1')
+
+
+BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp, 'criteria': bench_criteria}
 
 
 def main():
@@ -141,8 +167,8 @@ def main():
     parser.add_argument('--device', type=torch.device, default=torch.device('cpu'))
     parser.add_argument('--repeats', type=int, default=60)
     parser.add_argument('--record', action='store_true', help='write what is printed to results/bench.md')
-    sparse = [name for name in methods.names() if name != 'dense']
-    parser.add_argument('--methods', nargs='+', choices=sparse, default=sparse, help='for step')
+    sparse = ['feather', 'asl', 'st3', 'gmp', 'lrr', 'probmask']  # those that change the training step
+    parser.add_argument('--methods', nargs='+', choices=methods.names(), default=sparse, help='for step')
     options = parser.parse_args()
     if unknown := set(options.which) - set(BENCHES):
         parser.error(f'there is no bench {sorted(unknown)[0]!r}; there are {", ".join(BENCHES)}')

@@ -29,6 +29,7 @@ from functools import partial
 import torch
 from torch import fx, nn
 
+import distributed
 import methods
 
 # The types that 'default' stands for.
@@ -313,8 +314,8 @@ class Compressor:
         self.model, self.optimizer = model, optimizer
         self.layers, self.entries = select_layers(model, config_list, self.REQUIRED, self.OPTIONAL, self.TYPES)
         self.sparsity = {name: entry.get('sparsity', 0.0) for name, entry in self.entries.items()}
-        self.norms = batch_norms(model)
-        self.handles, self.step_handle = [], None
+        self.norms = batch_norms(model) if self.FILTERS else {}
+        self.handles, self.step_handle, self.bound = [], None, False
         self.pending = True  # masks are to be made
         self.set_masks(None)
 
@@ -377,13 +378,13 @@ class Compressor:
         """Follow the steps of this optimizer, and no more of the one before."""
         self.unbind()
         self.optimizer = optimizer
-        self.step_handle = optimizer.register_step_post_hook(self.after_step)
+        self.step_handle, self.bound = optimizer.register_step_post_hook(self.after_step), True
         self.apply()
 
     def unbind(self):
         if self.step_handle is not None:
             self.step_handle.remove()
-        self.step_handle = None
+        self.step_handle, self.bound = None, False
 
     def unhook(self):
         """Leave the model and the optimizer as if there were no pruner; weights stay as they are."""
@@ -402,8 +403,11 @@ class Compressor:
 
         model_path: its state_dict. mask_path: {layer: {'weight': tensor, 'bias': tensor or None}}, zeros and ones of the weight's
         dtype. onnx_path: the model as ONNX, traced on `device` (None: the CPU) with an input of `input_shape`, batch dimension
-        included. Raises ValueError for a missing input_shape, and when the criterion has not seen a training batch.
+        included. Raises ValueError for a missing input_shape, and when the criterion has not seen a training batch, ImportError
+        where ONNX is not installed; nothing is written then.
         """
+        if onnx_path is not None:
+            check_onnx(input_shape)
         self.finish()
         torch.save({name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}, model_path)
         if mask_path is not None:
@@ -470,7 +474,9 @@ class Compressor:
             torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
 
     def load_masks(self, masks):
-        """Take over masks, as in `masks` or in a file of export_model, and apply them."""
+        """Take over masks, as in `masks` or in a file of export_model, and apply them. Raises ValueError for other layers'."""
+        if masks.keys() != self.layers.keys():
+            raise ValueError(f'the masks are of {", ".join(masks)}; this pruner has {", ".join(self.layers)}')
         keep = {name: masks[name]['weight'].to(layer.weight.device).bool() for name, layer in self.layers.items()}
         self.set_masks(
             {name: mask.flatten(1).any(1) if self.FILTERS and mask.dim() > 1 else mask for name, mask in keep.items()}
@@ -505,35 +511,40 @@ class Compressor:
 
     def before_forward(self, *_):
         """Apply the masks if anything has changed a masked parameter; if not, do not touch it: a graph may need it as it is."""
+        if self.bound and torch.compiler.is_compiling():
+            return  # after_step() does, and this would break the graph
         if self.dirty or self.parts and self.versions != [parameters[key]._version for parameters, key, _ in self.parts]:
             self.apply()
 
     def __deepcopy__(self, memo):
         """A copy of the model, as for a running average, takes a copy of the pruner along in its hooks, but no optimizer."""
         twin = memo[id(self)] = copy.copy(self)
-        left = {'optimizer': None, 'step_handle': None, 'handles': [], 'watchers': []}
+        left = {'optimizer': None, 'step_handle': None, 'bound': False, 'handles': [], 'watchers': []}
         twin.__dict__ = {key: left[key] if key in left else copy.deepcopy(value, memo) for key, value in vars(self).items()}
         return twin
 
     # ONNX.
 
     def export_onnx(self, path, input_shape, device):
-        missing = [name for name in ('onnx', 'onnxscript') if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ImportError(f'ONNX export needs {" and ".join(missing)}: pip install {" ".join(missing)}')
-        if input_shape is None:
-            raise ValueError('ONNX export needs input_shape, the shape of an input with its batch dimension, as (1, 3, 32, 32)')
-        hooked, optimizer = bool(self.handles), self.optimizer
+        hooked, bound = bool(self.handles), self.bound
         self.unhook()  # the copy is to have no hooks
-        try:
-            device = torch.device('cpu' if device is None else device)
-            model = copy.deepcopy(self.model).to(device).eval()
-        finally:
-            if hooked:
-                self.optimizer = optimizer
-                self.hook()
+        device = torch.device('cpu' if device is None else device)
+        model = copy.deepcopy(self.model).to(device).eval()
+        if hooked:
+            self.hook()
+        elif bound:
+            self.bind(self.optimizer)
         example = torch.zeros(tuple(input_shape), device=device)
         torch.onnx.export(model, (example,), str(path), dynamo=True, verbose=False)
+
+
+def check_onnx(input_shape):
+    """Raises ImportError or ValueError when a model cannot be exported as ONNX."""
+    missing = [name for name in ('onnx', 'onnxscript') if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'ONNX export needs {" and ".join(missing)}: pip install {" ".join(missing)}')
+    if input_shape is None:
+        raise ValueError('ONNX export needs input_shape, the shape of an input with its batch dimension, as (1, 3, 32, 32)')
 
 
 class FilterPruner(Compressor):
@@ -546,6 +557,7 @@ class StatisticsPruner(FilterPruner):
     """The base of criteria that have to see statistics_batch_num training batches; the masks are made right after the last.
 
     Sums are kept, not what was summed. A training batch is a forward pass of the model in training mode with gradients enabled.
+    Where torch.distributed runs, the sums of all processes count.
     """
 
     def __init__(self, model, config_list, optimizer=None, statistics_batch_num=1):
@@ -593,7 +605,14 @@ class StatisticsPruner(FilterPruner):
         self.batches += 1
         if self.batches == self.statistics_batch_num:
             self.unwatch()
+            self.gather()
             self.make_masks()
+
+    def gather(self):
+        """Add up what the processes of a distributed training have seen, so that their masks are the same."""
+        for name in self.sums:
+            distributed.total(self.sums[name])
+            self.counts[name] *= distributed.world()  # all see batches of one size
 
     def importance(self):
         if not self.sums:

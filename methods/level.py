@@ -161,9 +161,10 @@ class Watching(OneShot):
     def prune(self, job):
         model, state = job.model, {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
         job.train.set_epoch(0)  # a resumed run must see the same images
+        self.pruner.statistics_batch_num = number = min(self.args.statistics_batches, len(job.train))
         self.pruner.watch()
         model.train()
-        for images, labels in itertools.islice(job.train, self.args.statistics_batches):
+        for images, labels in itertools.islice(job.train, number):
             model.zero_grad()
             F.cross_entropy(model(images), labels).backward()
         model.zero_grad()

@@ -17,6 +17,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+import distributed
 import record
 from args import count, positive
 from compressor import Compressor
@@ -151,7 +152,8 @@ class Method(OneShot):
             job.fit(self, f'round{number}')
             if self.chain is not None:
                 self.keep(shared(job))
-            record.write_json(rounds_of(job), job.folder / 'rounds.json')
+            if distributed.rank() == 0:
+                record.write_json(rounds_of(job), job.folder / 'rounds.json')
         self.pruner.export_ticket(job.folder / 'ticket.pt')
 
 

@@ -152,8 +152,8 @@ def test_the_run_leaves_rounds_and_the_ticket(epoch, tmp_path):
 
 
 def test_a_killed_run_ends_the_same_late_rewinding_too(tmp_path, monkeypatch):
-    # arguments; log, checkpoint and rounds.json of three rounds; ticket, model, result
-    assert kill_everywhere(tmp_path, monkeypatch, [*QUICK, '--rewind-epoch=1']) == 13
+    # arguments; log, checkpoint and rounds.json of two rounds; ticket, model, result
+    assert kill_everywhere(tmp_path, monkeypatch, [*QUICK, '--rewind-epoch=1', '--prune-iterations=1']) == 10
 
 
 def test_rows_share_their_rounds(tmp_path, trained):  # noqa: F811

@@ -26,7 +26,23 @@ EXACT = {
     'lrr': lambda n, target: round(target * n),
     'probmask': lambda n, target: n - round((1 - target) * n),
 }
-QUICK = {'lrr': ['--rate=0.6'], 'probmask': ['--finetune-epochs=1']}  # shorter pipelines; what they do is the same
+# Shorter pipelines; what they do is the same
+QUICK = {
+    'dsp': ['--group-epochs=1', '--finetune-epochs=2', '--cycles=2', '--val-size=0'],
+    'lottery_ticket': ['--prune-iterations=1'],
+    'lrr': ['--rate=0.6'],
+    'probmask': ['--finetune-epochs=1'],
+}
+TURN, SEARCH = ['--admm-iterations=1', '--admm-epochs=1'], ['--val-size=64', '--finetune-epochs=1']
+ANNEAL = ['--cool-down-rate=0.2', '--search-steps=2']
+QUICK |= {
+    'netadapt': [*SEARCH, '--layers', 'stage3.[01].conv1', '--sparsity-per-iteration=0.3', '--short-term-steps=1'],
+    'simulated_annealing': [*SEARCH, *ANNEAL],
+    'admm': ['--finetune-epochs=1', '--admm-iterations=2', '--admm-epochs=1'],
+    'autocompress': [*SEARCH, *ANNEAL, *TURN, '--num-iterations=2'],
+}
+ONE_SHOT = ['level', 'slim', 'fpgm', 'l1_filter', 'l2_filter', 'apoz', 'mean_activation', 'taylor_fo', 'agp', 'random_filter']
+QUICK |= {name: ['--finetune-epochs=1'] for name in ONE_SHOT}
 
 
 def test_every_method_is_a_method():
@@ -121,7 +137,7 @@ def test_killed_within_any_write_it_ends_bit_identical(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', NAMES)
 def test_other_image_sizes_channels_groups_and_amp(name):
     """40x40 images, one channel, two parameter groups, bfloat16, and no call to CUDA on a CPU."""
-    args = parse([*TINY, f'--method={name}', '--ptarget=0.8'])
+    args = parse([*TINY, f'--method={name}', '--ptarget=0.8', '--no-wd-all'])
     method = methods.load(name)(args)
     torch.manual_seed(0)
     model = archs.build('resnet20', 10, width=4, in_channels=1)

@@ -1,0 +1,27 @@
+"""APoZ, NNI's ActivationAPoZRankFilterPruner (Hu et al., "Network Trimming: A Data-Driven Neuron Pruning Approach towards Efficient
+Deep Architectures", 2016, arXiv 1607.03250): in each convolution the filters go whose activations are zero most often (equation
+1, the average percentage of zeros).
+
+Deviations: as in NNI, the activation is `activation` (relu) of the convolution's own output, also where the network has a batch
+norm between the two; and the share pruned is given, where the paper prunes what lies a standard deviation above the mean, in
+rounds. Zeros are counted in the first training batches after compress(), on the command line before fine-tuning.
+"""
+
+from compressor import ActivationPruner
+from methods.level import Watching
+
+
+class ActivationAPoZRankFilterPruner(ActivationPruner):
+    """ActivationAPoZRankFilterPruner(model, config_list, optimizer=None, activation='relu', statistics_batch_num=1).
+
+    Config keys sparsity, op_types (Conv2d), op_names, exclude. activation: 'relu' or 'relu6'.
+    """
+
+    @staticmethod
+    def of_activation(activation):
+        """1 where it is not zero: averaged, one minus APoZ."""
+        return activation != 0
+
+
+class Method(Watching):
+    PRUNER = ActivationAPoZRankFilterPruner

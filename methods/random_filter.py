@@ -1,0 +1,30 @@
+"""The control of the filter pruners: in each convolution random filters go, as many as the others would prune.
+
+Mittal et al., "Recovering from Random Pruning", WACV 2018, arXiv 1801.10447, find it hard to beat after fine-tuning.
+"""
+
+import torch
+
+from compressor import FilterPruner
+from methods.level import OneShot
+
+
+class RandomFilterPruner(FilterPruner):
+    """RandomFilterPruner(model, config_list, optimizer=None, seed=0); the same seed prunes the same filters."""
+
+    def __init__(self, model, config_list, optimizer=None, seed=0):
+        super().__init__(model, config_list, optimizer)
+        self.seed = seed
+
+    def importance(self):
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU, the same for every device
+        return {
+            name: torch.rand(len(layer.weight), generator=generator).to(layer.weight) for name, layer in self.layers.items()
+        }
+
+
+class Method(OneShot):
+    PRUNER, TYPES = RandomFilterPruner, ('Conv2d',)
+
+    def options(self):
+        return {'seed': self.args.seed}

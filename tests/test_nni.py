@@ -1,0 +1,747 @@
+"""NNI's one-shot pruners and AGP: the exact cases of NNI's own tests, schedules by hand, its document's samples, and runs."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, run_main
+from torch import nn
+
+import archs
+import distributed
+import methods
+from args import parse
+from methods import (
+    ActivationAPoZRankFilterPruner,
+    ActivationMeanRankFilterPruner,
+    AGP_Pruner,
+    FPGMPruner,
+    L1FilterPruner,
+    L2FilterPruner,
+    LevelPruner,
+    SlimPruner,
+    TaylorFOWeightFilterPruner,
+)
+from methods.agp import sparsity_at
+from methods.fpgm import distances
+from methods.random_filter import RandomFilterPruner
+
+ONE_SHOT = [LevelPruner, SlimPruner, FPGMPruner, L1FilterPruner, L2FilterPruner]
+ONE_SHOT += [ActivationAPoZRankFilterPruner, ActivationMeanRankFilterPruner, TaylorFOWeightFilterPruner]
+
+
+class Model(nn.Module):
+    """The network of NNI's tests of exact masks, on 28x28 images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 5, 5), nn.BatchNorm2d(5)
+        self.conv2, self.bn2 = nn.Conv2d(5, 10, 5), nn.BatchNorm2d(10)
+        self.fc1, self.fc2 = nn.Linear(160, 100), nn.Linear(100, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+def constant(conv, values):
+    """Let each filter be constant."""
+    conv.weight.data.copy_(torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1).expand(conv.weight.shape))
+
+
+def pruned(pruner, name):
+    """The numbers of the filters that are pruned, after checking that a filter goes as a whole, with its bias."""
+    weight, bias = pruner.masks[name]['weight'], pruner.masks[name]['bias']
+    kept = weight if weight.dim() == 1 else weight.flatten(1).any(1)
+    assert torch.equal(weight, kept.view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape))
+    assert bias is None or torch.equal(bias, kept)
+    return (~kept).nonzero().flatten().tolist()
+
+
+def convs(share, *names):
+    return [{'sparsity': share, 'op_types': ['Conv2d'], 'op_names': list(names)}]
+
+
+def step(model, optimizer=None, batch=2):
+    """A training step, of the optimizer if there is one."""
+    model.train()
+    model.zero_grad()
+    F.cross_entropy(model(torch.randn(batch, 1, 28, 28)), torch.randint(0, 10, (batch,))).backward()
+    if optimizer is not None:
+        optimizer.step()
+
+
+# --------------------------------------------------------------------------------------------------------- one-shot criteria
+
+
+def test_level_by_hand():
+    model = nn.Linear(5, 2)
+    model.weight.data.copy_(torch.tensor([[0.1, -0.2, 3.0, 4.0, 5.0], [-6.0, 7.0, 8.0, 9.0, 0.05]]))
+    pruner = LevelPruner(model, [{'sparsity': 0.35, 'op_types': ['default']}])
+    assert pruner.compress() is model
+    assert (model.weight == 0).nonzero().tolist() == [[0, 0], [0, 1], [1, 4]]  # 3 = floor(3.5) of 10, the bias stays
+    assert model.bias.all() and pruner.masks['']['bias'] is None
+    for share, count in ((0.5, 50), (0.99, 99), (0.995, 99)):  # a threshold would prune all equals, or none
+        equal = nn.Linear(10, 10)
+        nn.init.constant_(equal.weight, 0.3)
+        LevelPruner(equal, [{'sparsity': share, 'op_types': ['Linear']}]).compress()
+        assert (equal.weight == 0).flatten().tolist() == [True] * count + [False] * (100 - count)
+
+
+def test_level_with_one_ranking():
+    model = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 4))
+    model[0].weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    model[1].weight.data.copy_(torch.tensor([[5.0], [6.0], [7.0], [8.0]]))
+    LevelPruner(model, [{'sparsity': 0.5, 'op_types': ['Linear']}], global_sort=True).compress()
+    assert model[0].weight.tolist() == [[0, 0, 0, 4]]  # each layer keeps one weight
+    assert model[1].weight.flatten().tolist() == [0, 6, 7, 8]
+    with pytest.raises(ValueError, match='one sparsity'):
+        entries = [{'sparsity': 0.5, 'op_names': ['0']}, {'sparsity': 0.6, 'op_names': ['1']}]
+        LevelPruner(model, entries, global_sort=True)
+
+
+def test_fpgm_exact():
+    model = Model()
+    constant(model.conv2, range(1, 11))
+    for share, expected in ((0.2, [4, 5]), (0.6, [2, 3, 4, 5, 6, 7])):
+        trial = copy.deepcopy(model)
+        pruner = FPGMPruner(trial, convs(share, 'conv2'))
+        assert pruned(pruner, 'conv2') == []  # before compress()
+        pruner.compress()
+        assert pruned(pruner, 'conv2') == expected
+        assert (trial.conv2.weight == 0).all((1, 2, 3)).nonzero().flatten().tolist() == expected
+    last_wins = FPGMPruner(model, convs(0.6, 'conv2') + convs(0.2, 'conv2'))
+    last_wins.compress()
+    assert pruned(last_wins, 'conv2') == [4, 5]
+
+
+def test_fpgm_distances_are_those_of_a_loop():
+    torch.manual_seed(0)
+    filters = torch.randn(30, 75)
+    filters[7] = filters[3] + 1e-4  # near ones: in single precision the matrix products would not see their distance
+    expected = torch.tensor([sum((a - b).double().norm() for b in filters) for a in filters])
+    torch.testing.assert_close(distances(filters).double(), expected.double(), rtol=1e-6, atol=0)
+    assert torch.equal(distances(torch.ones(4, 9)), torch.zeros(4))
+
+
+def test_l1_exact():
+    model = Model()
+    constant(model.conv1, range(5))
+    constant(model.conv2, [-value for value in range(10)])
+    pruner = L1FilterPruner(model, convs(0.2, 'conv1') + convs(0.6, 'conv2'))
+    pruner.compress()
+    assert pruned(pruner, 'conv1') == [0] and pruned(pruner, 'conv2') == [0, 1, 2, 3, 4, 5]
+
+
+def test_l1_and_l2_differ_where_they_should():
+    conv = nn.Conv2d(1, 2, 2, bias=False)
+    conv.weight.data.copy_(torch.tensor([[[[3.0, 0], [0, 0]]], [[[1.0, 1], [1, 1]]]]))  # L1: 3 and 4; L2: 3 and 2
+    for pruner, expected in ((L1FilterPruner, [0]), (L2FilterPruner, [1])):
+        pruner = pruner(copy.deepcopy(conv), [{'sparsity': 0.5, 'op_types': ['Conv2d']}])
+        pruner.compress()
+        assert pruned(pruner, '') == expected
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+@pytest.mark.parametrize('share', [0.2, 0.6])
+def test_slim_exact(sign, share):
+    model = nn.Sequential(nn.Conv2d(1, 5, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5))
+    for norm in (model[1], model[3]):
+        norm.weight.data.copy_(sign * torch.arange(5.0))
+        nn.init.ones_(norm.bias)
+    pruner = SlimPruner(model, [{'sparsity': share, 'op_types': ['BatchNorm2d']}])
+    pruner.compress()
+    expected = {0.2: [0], 0.6: [0, 1, 2]}[share]
+    for name, norm, conv in (('1', model[1], model[0]), ('3', model[3], model[2])):
+        assert pruned(pruner, name) == expected
+        assert (norm.bias == 0).nonzero().flatten().tolist() == expected
+        assert (conv.weight == 0).all((1, 2, 3)).nonzero().flatten().tolist() == expected
+        assert (conv.bias == 0).nonzero().flatten().tolist() == expected
+
+
+def test_slim_ranks_all_channels_together_and_empties_no_layer():
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6))
+    config = [{'sparsity': 0.7, 'op_types': ['BatchNorm2d']}]
+    fresh = SlimPruner(copy.deepcopy(model), config)  # all scales 1: a threshold would prune everything
+    fresh.compress()
+    assert pruned(fresh, '1') == [0, 1, 2] and pruned(fresh, '3') == [0, 1, 2, 3]
+    model[1].weight.data.copy_(torch.tensor([0.4, 0.1, 0.2, 0.3]))
+    model[3].weight.data.copy_(torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9, 1.0]))
+    for options, expected in (({}, [[1, 2, 3], [0, 1, 2, 3]]), ({'global_sort': False}, [[1, 2], [0, 1, 2, 3]])):
+        pruner = SlimPruner(copy.deepcopy(model), config, **options)
+        pruner.compress()
+        assert [pruned(pruner, '1'), pruned(pruner, '3')] == expected
+    with pytest.raises(ValueError, match='one sparsity'):
+        SlimPruner(model, [{'sparsity': 0.7, 'op_names': ['1']}, {'sparsity': 0.2, 'op_names': ['3']}])
+
+
+def taylor_model():
+    model = Model()
+    constant(model.conv1, range(5))
+    constant(model.conv2, range(10, 0, -1))
+    return model
+
+
+def taylor_gradients(model):
+    """Gradients of +1 and -1, filter by filter."""
+    for conv in (model.conv1, model.conv2):
+        signs = torch.tensor([(-1.0) ** i for i in range(len(conv.weight))])
+        (conv.weight * signs.view(-1, 1, 1, 1)).sum().backward()
+
+
+@pytest.mark.parametrize('known', [True, False])
+def test_taylor_exact(known):
+    model = taylor_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.001)
+    pruner = TaylorFOWeightFilterPruner(model, convs(0.2, 'conv1') + convs(0.6, 'conv2'), optimizer if known else None)
+    pruner.compress()
+    assert pruned(pruner, 'conv1') == []
+    taylor_gradients(model)
+    optimizer.step()
+    assert pruned(pruner, 'conv1') == [0] and pruned(pruner, 'conv2') == [4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize('known', [True, False])
+def test_taylor_with_one_ranking_of_all_filters(known):
+    # (w g)^2 is 25 w^2 in conv1, 125 w^2 in conv2: 0, 25, 100, 225 and 125, 500, 1125 are least, of 4 * 25 + 3 * 125 weights;
+    # 400, the last of conv1, is protected, and the next would make it 600 of 1375, which is above 40 %
+    model = taylor_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.001)
+    config = [{'sparsity': 0.4, 'op_types': ['Conv2d']}]
+    pruner = TaylorFOWeightFilterPruner(model, config, optimizer if known else None, global_sort=True)
+    pruner.compress()
+    taylor_gradients(model)
+    optimizer.step()
+    assert pruned(pruner, 'conv1') == [0, 1, 2, 3] and pruned(pruner, 'conv2') == [7, 8, 9]
+
+
+def test_taylor_uses_the_weight_before_the_step():
+    conv = nn.Conv2d(1, 2, 1, bias=False)
+    conv.weight.data.copy_(torch.tensor([1.0, 2.0]).view(2, 1, 1, 1))
+    optimizer = torch.optim.SGD(conv.parameters(), 1.0)
+    pruner = TaylorFOWeightFilterPruner(conv, [{'sparsity': 0.5, 'op_types': ['Conv2d']}], optimizer)
+    pruner.compress()
+    conv.weight.grad = torch.tensor([3.0, 2.0]).view(2, 1, 1, 1)  # 1 * 3 < 2 * 2; after the step -2 * 3 and 0 * 2
+    optimizer.step()
+    assert pruned(pruner, '') == [0] and conv.weight.flatten().tolist() == [0, 0]
+
+
+def test_taylor_averages_over_batches():
+    conv = nn.Conv2d(1, 2, 1, bias=False)
+    nn.init.ones_(conv.weight)
+    optimizer = torch.optim.SGD(conv.parameters(), 0.0)
+    pruner = TaylorFOWeightFilterPruner(conv, [{'sparsity': 0.5, 'op_types': ['Conv2d']}], optimizer, 2)
+    pruner.compress()
+    for number, gradient in enumerate(([1.0, 3.0], [4.0, 1.0])):  # 1 + 16 and 9 + 1
+        assert pruned(pruner, '') == [], number
+        conv.weight.grad = torch.tensor(gradient).view(2, 1, 1, 1)
+        optimizer.step()
+    assert pruned(pruner, '') == [1]
+
+
+def activation_model():
+    """Two convolutions that compute known things of the image, with a batch norm that must not matter."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3))
+    model[0].weight.data.copy_(torch.tensor([1.0, -1.0, 0.1]).view(3, 1, 1, 1))
+    model[0].bias.data.copy_(torch.tensor([0.0, 0.0, 0.01]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ('pruner', 'activation', 'expected'),
+    [
+        # of -4, -2, 0, 9 in an image: relu of x is 0 0 0 9, of -x 4 2 0 0, of 0.1 x + 0.01 0 0 .01 .91
+        (ActivationAPoZRankFilterPruner, 'relu', [0]),  # zero most often: 3, 2, 2 of 4
+        (ActivationMeanRankFilterPruner, 'relu', [2]),  # means 2.25, 1.5, 0.23
+        (ActivationMeanRankFilterPruner, 'relu6', [2]),
+    ],
+)
+@pytest.mark.parametrize('known', [True, False])
+def test_activations_by_hand(pruner, activation, expected, known):
+    model = activation_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0) if known else None
+    pruner = pruner(model, [{'sparsity': 0.34, 'op_types': ['Conv2d']}], optimizer, activation, statistics_batch_num=2)
+    pruner.compress()
+    one, two = torch.tensor([-4.0, -2.0]).view(1, 1, 2, 1), torch.tensor([0.0, 9.0]).view(1, 1, 2, 1)
+    model.eval()(one)  # neither evaluation
+    with torch.no_grad():
+        model.train()(one)  # nor what is not differentiated is training
+    for batch in (one, two):
+        assert pruned(pruner, '0') == []
+        model.train()(batch).sum().backward()
+        if known:
+            optimizer.step()
+    assert pruned(pruner, '0') == expected
+    model(two)
+    assert (model[0].weight.flatten() == 0).nonzero().flatten().tolist() == expected
+    assert (model[1].weight == 0).nonzero().flatten().tolist() == expected
+    assert all(sums.shape == (3,) for sums in pruner.sums.values())  # sums are kept, not activations
+    assert not model[0]._forward_hooks
+
+
+def test_relu6_differs_from_relu_above_6():
+    model = nn.Conv2d(1, 2, 1, bias=False)
+    model.weight.data.copy_(torch.tensor([10.0, 1.5]).view(2, 1, 1, 1))
+    config = [{'sparsity': 0.5, 'op_types': ['Conv2d']}]
+    for activation, sums, expected in (('relu', [90.0, 13.5], [1]), ('relu6', [12.0, 12.0], [0])):
+        pruner = ActivationMeanRankFilterPruner(copy.deepcopy(model), config, activation=activation)
+        pruner.compress()
+        pruner.model.train()(torch.tensor([-1.0, 4.0, 5.0]).view(1, 1, 3, 1))
+        assert pruner.sums[''].tolist() == sums
+        assert pruned(pruner, '') == expected  # of equals, the first goes
+    with pytest.raises(ValueError, match="activation must be relu or relu6, got 'gelu'"):
+        ActivationMeanRankFilterPruner(model, config, activation='gelu')
+    with pytest.raises(ValueError, match='statistics_batch_num must be a whole number, 1 or more, got 0'):
+        ActivationMeanRankFilterPruner(model, config, statistics_batch_num=0)
+
+
+@pytest.mark.parametrize('kind', [ActivationAPoZRankFilterPruner, ActivationMeanRankFilterPruner, TaylorFOWeightFilterPruner])
+def test_masks_come_at_the_latest_with_the_export(kind, tmp_path):
+    for known in (True, False):
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        pruner = kind(model, convs(0.5, 'conv1', 'conv2'), optimizer if known else None, statistics_batch_num=9)
+        pruner.compress()
+        pruner.update_mask()  # nothing was seen yet
+        assert pruned(pruner, 'conv1') == []
+        with pytest.raises(ValueError, match='has seen no training batch'):
+            pruner.export_model(tmp_path / 'model.pt')
+        step(model, optimizer)
+        assert pruned(pruner, 'conv1') == []
+        pruner.export_model(tmp_path / 'model.pt')
+        state = torch.load(tmp_path / 'model.pt', weights_only=True)
+        assert [int((state[f'{name}.weight'] == 0).all((1, 2, 3)).sum()) for name in ('conv1', 'conv2')] == [2, 5]
+
+
+def test_processes_add_up_what_they_have_seen(monkeypatch):
+    model = nn.Conv2d(1, 2, 1, bias=False)
+    model.weight.data.copy_(torch.tensor([1.0, 2.0]).view(2, 1, 1, 1))
+    config = [{'sparsity': 0.5, 'op_types': ['Conv2d']}]
+    found = []
+    for other in (None, torch.tensor([5.0, 1.0]).double()):  # sums of the second process
+        if other is not None:
+            monkeypatch.setattr(distributed, 'world', lambda: 2)
+            monkeypatch.setattr(distributed, 'total', lambda sums, other=other: sums.add_(other))
+        pruner = ActivationMeanRankFilterPruner(model, config)
+        pruner.watch()
+        model.train()(torch.ones(1, 1, 1, 1))
+        found.append((pruned(pruner, ''), pruner.importance()[''].tolist()))
+    assert found == [([0], [1.0, 2.0]), ([1], [3.0, 1.5])]
+
+
+def test_a_layer_that_no_batch_reaches_is_named():
+    model = Model()
+    model.spare = nn.Conv2d(1, 4, 3)
+    pruner = ActivationAPoZRankFilterPruner(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}], statistics_batch_num=2)
+    pruner.compress()
+    step(model)
+    with pytest.raises(ValueError, match='no training batch has reached spare'):
+        pruner.update_mask()
+    model.conv1.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match='conv1 is not trained'):
+        TaylorFOWeightFilterPruner(model, convs(0.5, 'conv1')).compress()
+
+
+def test_random_filters():
+    masks = []
+    for seed in (0, 0, 1):
+        pruner = RandomFilterPruner(Model(), convs(0.5, 'conv1', 'conv2'), seed=seed)
+        pruner.compress()
+        masks.append([pruned(pruner, 'conv1'), pruned(pruner, 'conv2')])
+        assert [len(numbers) for numbers in masks[-1]] == [2, 5]
+    assert masks[0] == masks[1] != masks[2]
+
+
+# ------------------------------------------------------------------------------------------------------------------ all of them
+
+
+class Small(nn.Module):
+    """The network of NNI's test of all pruners."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 8, 3, bias=bias), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 2, bias=bias)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.bn1(self.conv1(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('kind', ONE_SHOT)
+def test_one_step_before_and_after(kind, bias, tmp_path):
+    config = [{'sparsity': 0.5, 'op_types': ['Conv2d']}]
+    names = ['conv1']
+    if kind is LevelPruner:
+        config, names = [{'sparsity': 0.5, 'op_types': ['default']}], ['conv1', 'fc']
+    if kind is SlimPruner:
+        config, names = [{'sparsity': 0.75, 'op_types': ['BatchNorm2d']}], ['bn1']
+    model = Small(bias)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+
+    def one_step():
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(2, 1, 28, 28)), torch.tensor([0, 1])).backward()
+        optimizer.step()
+
+    one_step()
+    pruner = kind(model, config, optimizer)
+    pruner.compress()
+    for _ in range(2):
+        one_step()
+    pruner.export_model(tmp_path / 'model.pt', tmp_path / 'mask.pt')
+    masks, state = (torch.load(tmp_path / name, weights_only=True) for name in ('mask.pt', 'model.pt'))
+    assert list(masks) == names and list(state) == list(Small(bias).state_dict())
+    for name in names:
+        for key, mask in masks[name].items():
+            if mask is not None:
+                assert (mask == 0).float().mean() == config[0]['sparsity']
+                assert torch.equal(state[f'{name}.{key}'] == 0, mask == 0)
+
+
+@pytest.mark.parametrize('kind', [*ONE_SHOT, AGP_Pruner])
+def test_nnis_faulty_configurations(kind):
+    op_type = {LevelPruner: 'default', SlimPruner: 'BatchNorm2d', AGP_Pruner: 'default'}.get(kind, 'Conv2d')
+    key = 'final_sparsity' if kind is AGP_Pruner else 'sparsity'
+    more = {'end_epoch': 10} if kind is AGP_Pruner else {}
+    optimizer = torch.optim.SGD(Small().parameters(), 0.1)
+    for entry in (
+        {key: '0.5', 'op_types': [op_type]},
+        {key: 1.6, 'op_types': [op_type]},
+        {key: 0.5, 'op_types': op_type},
+        {key: 0.5, 'op_types': [op_type], 'op_names': 'conv1'},
+        {key: 0.5},
+        {key: 0.5, 'op_types': [op_type], 'op_nams': ['conv1']},
+        {key: 0.5, 'op_types': ['Conv2D']},
+    ):
+        with pytest.raises(ValueError, match=r'config_list\[0\] = '):
+            kind(Small(), [entry | more], optimizer)
+    kind(Small(), [{key: 0.5, 'op_types': [op_type]} | more], optimizer)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- AGP
+
+
+def test_agp_schedule_by_hand():
+    ours = [sparsity_at(epoch, 0, 0.8, 0, 10) for epoch in range(12)]
+    expected = [0, 0.2381, 0.4236, 0.5630, 0.6628, 0.7298, 0.7704, 0.7912, 0.7989, 0.8, 0.8, 0.8]
+    assert ours == pytest.approx(expected, abs=5e-5) and ours[9] == 0.8
+    assert [sparsity_at(e, 0, 0.8, 2, 12, 2) for e in (2, 4, 6, 8, 10)] == pytest.approx(
+        [0, 0.4625, 0.7, 0.7875, 0.8], abs=5e-5
+    )
+    assert sparsity_at(0, 0.3, 0.8, 0, 10) == pytest.approx(0.3)
+    assert sparsity_at(0, 0, 0.8, 0, 1) == sparsity_at(5, 0, 0.8, 5, 5) == 0.8  # no epochs to ramp over
+
+
+AGP = {'initial_sparsity': 0, 'final_sparsity': 0.8, 'start_epoch': 0, 'end_epoch': 10, 'frequency': 1}
+
+
+def test_agp_prunes_by_its_schedule():
+    model = nn.Linear(100, 100, bias=False)
+    pruner = AGP_Pruner(model, [AGP | {'op_types': ['default']}])
+    assert pruner.compress() is model
+    previous = None
+    for epoch in range(12):
+        pruner.update_epoch(epoch)
+        mask = pruner.masks['']['weight'].clone()
+        expected = sparsity_at(epoch, 0, 0.8, 0, 10)
+        assert pruner.compute_target_sparsity(AGP) == expected
+        assert int((~mask).sum()) == int(expected * 10000 + 1e-6) == int((model.weight == 0).sum())
+        assert previous is None or not (mask & ~previous).any()  # what is pruned stays pruned
+        previous = mask
+        with torch.no_grad():
+            model.weight.add_(0.01 * torch.randn_like(model.weight))
+        pruner.update_epoch(epoch)  # again: nothing
+        assert torch.equal(pruner.masks['']['weight'], mask)
+        pruner.step()
+
+
+def test_agp_keeps_to_start_and_frequency():
+    model = nn.Linear(100, 100)
+    config = {'final_sparsity': 0.8, 'start_epoch': 2, 'end_epoch': 12, 'frequency': 2, 'op_types': ['default']}
+    pruner = AGP_Pruner(model, [config])
+    pruner.compress()
+    counts = []
+    for epoch in range(14):
+        pruner.update_epoch(epoch)
+        counts.append(round(float((~pruner.masks['']['weight']).float().mean()), 4))
+    assert counts == [0, 0, 0, 0, 0.4625, 0.4625, 0.7, 0.7, 0.7875, 0.7875, 0.8, 0.8, 0.8, 0.8]
+
+
+def test_agp_defaults_entries_and_errors():
+    least = {'final_sparsity': 0.8, 'end_epoch': 10}
+    assert AGP_Pruner(Small(), [least | {'op_types': ['default']}]).compute_target_sparsity(least) == 0
+    two = [least | {'op_names': ['conv1']}, least | {'final_sparsity': 0.5, 'end_epoch': 2, 'op_names': ['fc']}]
+    pruner = AGP_Pruner(Small(), [*two, {'exclude': True, 'op_types': ['BatchNorm2d']}])
+    pruner.compress()
+    pruner.update_epoch(9)
+    assert [int((~masks['weight']).sum()) for masks in pruner.masks.values()] == [int(0.8 * 72), 8]
+    for change, message in (
+        ({'initial_sparsity': 0.9}, 'initial_sparsity is above final_sparsity'),
+        ({'start_epoch': 11}, 'end_epoch is before start_epoch'),
+        ({'frequency': 0}, 'frequency must be a whole number, 1 or more'),
+        ({'end_epoch': 2.5}, 'end_epoch must be a whole number'),
+        ({'sparsity': 0.8}, r"unknown key 'sparsity' \(did you mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AGP_Pruner(Small(), [AGP | {'op_types': ['default']} | change])
+    with pytest.raises(ValueError, match='no pruning algorithm'):
+        AGP_Pruner(Small(), [AGP | {'op_types': ['default']}], None, 'l0')
+    with pytest.raises(ValueError, match='takes Conv2d only'):
+        AGP_Pruner(Small(), [AGP | {'op_types': ['default']}], None, 'l1')
+    different = [AGP | {'op_names': ['bn1']}, AGP | {'op_names': ['bn2'], 'end_epoch': 9}]
+    with pytest.raises(ValueError, match='same schedule'):
+        AGP_Pruner(Model(), different, None, 'slim')
+
+
+@pytest.mark.parametrize('name', ['level', 'slim', 'l1', 'l2', 'fpgm', 'taylorfo', 'apoz', 'mean_activation'])
+def test_agp_with_every_criterion(name, tmp_path):
+    model = Model()
+    types = {'level': 'default', 'slim': 'BatchNorm2d'}.get(name, 'Conv2d')
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    pruner = AGP_Pruner(model, [AGP | {'op_types': [types]}], optimizer, pruning_algorithm=name)
+    pruner.compress()
+    for epoch in range(11):
+        pruner.update_epoch(epoch)
+        step(model, optimizer)
+        target = pruner.compute_target_sparsity(AGP)
+        if name == 'slim':  # all 15 channels in one ranking
+            assert len(pruned(pruner, 'bn1')) + len(pruned(pruner, 'bn2')) == int(target * 15 + 1e-6)
+        for layer, masks in pruner.masks.items() if name != 'slim' else ():
+            n = len(masks['weight']) if name != 'level' else masks['weight'].numel()
+            count = len(pruned(pruner, layer)) if name != 'level' else int((~masks['weight']).sum())
+            assert count == int(target * n + 1e-6)
+            assert torch.equal(pruner.layers[layer].weight == 0, ~masks['weight'])
+    pruner.export_model(tmp_path / 'model.pt', tmp_path / 'mask.pt')
+    assert list(torch.load(tmp_path / 'mask.pt', weights_only=True)) == list(pruner.layers)
+
+
+# ------------------------------------------------------------------------------------------------- the samples of the document
+
+SAMPLES = {
+    'LevelPruner': """
+config_list = [{ 'sparsity': 0.8, 'op_types': ['default'] }]
+pruner = LevelPruner(model, config_list)
+pruner.compress()
+""",
+    'SlimPruner': """
+config_list = [{ 'sparsity': 0.8, 'op_types': ['BatchNorm2d'] }]
+pruner = SlimPruner(model, config_list)
+pruner.compress()
+""",
+    'FPGMPruner': """
+config_list = [{
+    'sparsity': 0.5,
+    'op_types': ['Conv2d']
+}]
+pruner = FPGMPruner(model, config_list)
+pruner.compress()
+""",
+    'L1FilterPruner': """
+config_list = [{ 'sparsity': 0.8, 'op_types': ['Conv2d'] }]
+pruner = L1FilterPruner(model, config_list)
+pruner.compress()
+""",
+    'L2FilterPruner': """
+config_list = [{ 'sparsity': 0.8, 'op_types': ['Conv2d'] }]
+pruner = L2FilterPruner(model, config_list)
+pruner.compress()
+""",
+    'ActivationAPoZRankFilterPruner': """
+config_list = [{
+    'sparsity': 0.5,
+    'op_types': ['Conv2d']
+}]
+pruner = ActivationAPoZRankFilterPruner(model, config_list, statistics_batch_num=1)
+pruner.compress()
+""",
+    'ActivationMeanRankFilterPruner': """
+config_list = [{
+    'sparsity': 0.5,
+    'op_types': ['Conv2d']
+}]
+pruner = ActivationMeanRankFilterPruner(model, config_list, statistics_batch_num=1)
+pruner.compress()
+""",
+    'TaylorFOWeightFilterPruner': """
+config_list = [{
+    'sparsity': 0.5,
+    'op_types': ['Conv2d']
+}]
+pruner = TaylorFOWeightFilterPruner(model, config_list, statistics_batch_num=1)
+pruner.compress()
+""",
+    'AGP_Pruner': """
+config_list = [{
+    'initial_sparsity': 0,
+    'final_sparsity': 0.8,
+    'start_epoch': 0,
+    'end_epoch': 10,
+    'frequency': 1,
+    'op_types': ['default']
+}]
+
+# load a pretrained model or train a model before using a pruner
+# model = MyModel()
+# model.load_state_dict(torch.load('mycheckpoint.pth'))
+
+# AGP pruner prunes model while fine tuning the model by adding a hook on
+# optimizer.step(), so an optimizer is required to prune the model.
+optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
+
+pruner = AGP_Pruner(model, config_list, optimizer, pruning_algorithm='level')
+pruner.compress()
+for epoch in range(10):
+    pruner.update_epoch(epoch)
+""",
+    'LotteryTicketPruner': """
+config_list = [{
+    'prune_iterations': 5,
+    'sparsity': 0.8,
+    'op_types': ['default']
+}]
+pruner = LotteryTicketPruner(model, config_list, optimizer)
+pruner.compress()
+for _ in pruner.get_prune_iterations():
+    pruner.prune_iteration_start()
+    for epoch in range(epoch_num):
+        ...
+""",
+}
+
+
+@pytest.mark.parametrize('name', SAMPLES)
+def test_sample_of_the_document(name):
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    space = {'torch': torch, 'model': model, 'optimizer': optimizer, 'epoch_num': 1}
+    exec(f'from methods import {name}\n{SAMPLES[name]}', space)
+    pruner, share = space['pruner'], space['config_list'][0].get('sparsity', 0.8)
+    step(model)  # without an optimizer of the pruner: the criteria that watch training have seen a batch
+    pruner.update_mask()
+    if 'BatchNorm2d' in space['config_list'][0]['op_types']:
+        assert len(pruned(pruner, 'bn1')) + len(pruned(pruner, 'bn2')) == 12
+    elif 'Conv2d' in space['config_list'][0]['op_types']:
+        assert [len(pruned(pruner, name)) for name in ('conv1', 'conv2')] == [int(share * 5), int(share * 10)]
+    else:
+        for layer, masks in zip((model.conv1, model.conv2, model.fc1, model.fc2), pruner.masks.values(), strict=True):
+            assert int((~masks['weight']).sum()) == int(0.8 * layer.weight.numel()) == int((layer.weight == 0).sum())
+
+
+# ------------------------------------------------------------------------------------------------------------ in the shared loop
+
+FILTERS = ['fpgm', 'l1_filter', 'l2_filter', 'apoz', 'mean_activation', 'taylor_fo', 'random_filter']
+
+
+@pytest.mark.parametrize('name', FILTERS)
+def test_a_run_prunes_its_share_of_every_convolution(name, tmp_path):
+    words = [f'--method={name}', '--ptarget=0.5', '--finetune-epochs=1', '--epochs=1', '--exclude', 'conv1', '*.shortcut.*']
+    result, state = run_main(tmp_path, *words)
+    model = archs.build('resnet20', 10, width=4, in_channels=1)
+    model.load_state_dict(state)
+    for layer, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            gone = int((module.weight == 0).all((1, 2, 3)).sum())
+            assert gone == (0 if layer == 'conv1' or 'shortcut' in layer else len(module.weight) // 2), layer
+            norm = model.get_submodule(layer.replace('conv', 'bn').replace('shortcut.0', 'shortcut.1'))
+            assert int((norm.weight == 0).sum()) == int((norm.bias == 0).sum()) == gone
+    lines = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    assert [(line['stage'], line['sparsity'] > 0) for line in lines] == [('pretrain', False), ('finetune', True)]
+    assert lines[-1]['lr'] == 1e-3
+
+
+def test_level_runs_in_both_scopes(tmp_path):
+    words = ['--method=level', '--ptarget=0.9', '--epochs=1', '--finetune-epochs=1']
+    result, _ = run_main(tmp_path / 'layer', *words)
+    for layer, (zeros, n, *_) in result['layers'].items():
+        assert zeros == int(0.9 * n + 1e-6), layer
+    result, _ = run_main(tmp_path / 'global', *words, '--scope=global')
+    assert result['zeros'] == int(0.9 * result['weights'] + 1e-6)
+    assert result['layers']['conv1'][0] < int(0.9 * result['layers']['conv1'][1])
+
+
+def test_slim_runs_with_its_loss(tmp_path):
+    words = ['--method=slim', '--ptarget=0.5', '--finetune-epochs=1', '--epochs=2', '--lr=0.05']
+    ends = {}
+    for strength in ('0', '0.05'):
+        result, state = run_main(tmp_path / strength, *words, f'--bn-l1={strength}')
+        gammas = {name: tensor for name, tensor in state.items() if tensor.dim() == 1 and name.endswith('.weight')}
+        total = sum(len(gamma) for gamma in gammas.values())
+        assert sum(int((gamma == 0).sum()) for gamma in gammas.values()) == total // 2
+        assert all((gamma != 0).any() for gamma in gammas.values())
+        for name, gamma in gammas.items():  # the filters are zero too
+            conv = state[name.replace('bn', 'conv').replace('shortcut.1', 'shortcut.0')]
+            assert torch.equal((conv == 0).all((1, 2, 3)), gamma == 0)
+        trained = torch.load(tmp_path / strength / 'stage-pretrain.pt', weights_only=True)['model']
+        ends[strength] = sum(float(trained[name].abs().sum()) for name in gammas)
+    assert ends['0.05'] < ends['0'] - 0.1  # lambda pulls the scales to zero
+    again, _ = run_main(tmp_path / 'layer', *words, '--scope=layer')
+    assert {zeros / n for zeros, n, *_ in list(again['layers'].values())[:-1]} == {0.5}
+
+
+def test_slims_loss_and_its_start_by_hand():
+    method = methods.load('slim')(parse([*TINY, '--method=slim', '--bn-l1=0.01']))
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5))
+    method.prepare(model, 10)
+    assert model[1].weight.tolist() == [0.5] * 3 and model[3].weight.tolist() == [0.5] * 5
+    model[3].weight.data[0] = -2.5
+    loss = method.loss()
+    assert loss.item() == pytest.approx(0.01 * (7 * 0.5 + 2.5))
+    loss.backward()
+    torch.testing.assert_close(model[3].weight.grad, 0.01 * torch.tensor([-1.0, 1, 1, 1, 1]))
+    method.pruner = SlimPruner(model, [{'sparsity': 0.5, 'op_types': ['BatchNorm2d']}])
+    method.prepare(model, 10)  # for fine-tuning: nothing is set, nothing is added
+    assert method.loss() is None and model[3].weight[0] == -2.5
+
+
+@pytest.mark.parametrize('name', ['level', 'l1', 'slim', 'taylorfo', 'apoz'])
+def test_agp_runs(name, tmp_path):
+    words = ['--method=agp', f'--algorithm={name}', '--ptarget=0.75', '--epochs=1', '--finetune-epochs=4', '--end-epoch=3']
+    result, state = run_main(tmp_path, *words)
+    lines = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    shares = [line['sparsity'] for line in lines]
+    assert [line['stage'] for line in lines] == ['pretrain'] + ['finetune'] * 4
+    assert shares[0] == shares[1] == 0 < shares[2] < shares[3] == shares[4]
+    if name == 'level':
+        assert shares[2] == pytest.approx(sparsity_at(1, 0, 0.75, 0, 3), abs=0.002) and shares[3] == pytest.approx(
+            0.75, abs=0.002
+        )
+    if name in ('l1', 'taylorfo', 'apoz'):
+        gone = {n: int((t == 0).all((1, 2, 3)).sum()) / len(t) for n, t in state.items() if t.dim() == 4}
+        assert set(gone.values()) == {0.75}
+
+
+def test_layers_by_name(tmp_path, capsys):
+    words = ['--method=l1_filter', '--ptarget=0.5', '--epochs=1', '--finetune-epochs=0']
+    result, _ = run_main(tmp_path / 'one', *words, '--layers', 'stage?.*.conv1', '--exclude', 'stage1.*', '--pthres=300')
+    assert [name for name, (zeros, *_) in result['layers'].items() if zeros] == [
+        f'stage{i}.{j}.conv1' for i, j in ((2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)) if (i, j) != (2, 0)
+    ]
+    said = capsys.readouterr().out
+    assert 'prunes 5 layers: stage2.1.conv1, ' in said and 'leaves out conv1, stage1.0.conv1' in said
+    for flag in ('--layers', '--exclude'):
+        with pytest.raises(SystemExit, match=r"'stage9\.0\.conv1' matches no Conv2d layer \(did you mean"):
+            run_main(tmp_path / flag, *words, flag, 'stage9.0.conv1')
+    with pytest.raises(SystemExit, match='leave no Conv2d layer'):
+        run_main(tmp_path / 'none', *words, '--exclude', '*')
+
+
+def test_settings_of_agp_that_cannot_work():
+    agp = methods.load('agp')
+    for words in (['--start-epoch=3', '--end-epoch=3'], ['--end-epoch=6'], ['--start-epoch=3']):
+        with pytest.raises(ValueError, match='AGP prunes in fine-tuning'):
+            agp(parse([*TINY, '--method=agp', '--finetune-epochs=5', *words]))
+    with pytest.raises(ValueError, match='which --compile does not let it'):
+        agp(parse([*TINY, '--method=agp', '--algorithm=apoz', '--compile']))
+
+
+def test_construction_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for kind in ONE_SHOT:
+            op_type = {LevelPruner: 'default', SlimPruner: 'BatchNorm2d'}.get(kind, 'Conv2d')
+            kind(archs.build('densenet', 10), [{'sparsity': 0.5, 'op_types': [op_type]}])
