@@ -31,6 +31,7 @@ from torch import fx, nn
 
 import distributed
 import methods
+from shrink import agree
 
 # The types that 'default' stands for.
 DEFAULT_TYPES = ('Conv1d', 'Conv2d', 'Conv3d', 'ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose3d', 'Linear', 'Bilinear')
@@ -315,6 +316,7 @@ class Compressor:
         self.layers, self.entries = select_layers(model, config_list, self.REQUIRED, self.OPTIONAL, self.TYPES)
         self.sparsity = {name: entry.get('sparsity', 0.0) for name, entry in self.entries.items()}
         self.norms = batch_norms(model) if self.FILTERS else {}
+        self.groups = []  # see decide_together()
         self.handles, self.step_handle, self.bound = [], None, False
         self.pending = True  # masks are to be made
         self.set_masks(None)
@@ -363,9 +365,22 @@ class Compressor:
         """Set the masks, without touching a weight -> whether there is something to make them from."""
         scores = self.importance()
         if scores is not None:
-            self.set_masks(self.choose(scores))
+            keep = self.choose(agree(scores, self.groups))
+            self.set_masks(agree(keep, self.groups))
             self.pending = False
         return scores is not None
+
+    def decide_together(self, groups):
+        """Give the layers of each group ([[layer names], ...], see shrink.dependency_groups) one mask, by their mean scores.
+
+        Filters that end in one residual stream can only be removed together: masks that disagree leave it at its full width.
+        """
+        before = {
+            norm: conv for conv, norm in self.norms.items()
+        }  # where batch norms are pruned, by the convolutions they follow
+        names = {before.get(name, name): name for name in self.layers}
+        groups = [[names[name] for name in group if name in names] for group in groups]
+        self.groups = [group for group in groups if len(group) > 1]
 
     def update_epoch(self, epoch):
         """Say that epoch `epoch` (from 0) begins: of use to pruners with a schedule."""

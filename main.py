@@ -3,6 +3,7 @@
 python main.py --model=resnet20 --ptarget=0.99                  Feather on CIFAR-100, as its paper's repository runs it
 python main.py --method dense --dataset digits --epochs 15      the dense control, on data that needs no download
 python main.py --config configs/quickstart.yaml --row feather-90
+python main.py --shrink RUN, --publish RUN, --evaluate FILE     what is done with a finished run; each has its own --help
 """
 
 import contextlib
@@ -22,16 +23,20 @@ import distributed
 import methods
 import published
 import record
+import shrink
 from args import parse
 from data import DataError, load
 from sparse_utils import count_zeros
 
 
 def main(argv=None):
-    args = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.split('=')[0] == '--shrink' for word in argv):  # a finished run becomes a smaller network
+        return shrink.main(argv)
+    args = parse(argv)
     try:
         device = pick_device(args)
-        if args.command:  # --publish, --evaluate, --shrink: something with a run that is finished
+        if args.command:  # --publish, --evaluate: something with a run that is finished
             return published.act(args, device)
         distributed.start(device)
         torch.manual_seed(args.seed)
@@ -120,6 +125,7 @@ class Job:
             last = lr_factor(args, (epoch + 1) * len(self.train) - 1, len(self.train))
             line |= {'sparsity': zeros / weights, 'lr': args.lr * last, **method.metrics()}
             line['seconds'] = round(time.perf_counter() - began, 3)
+            method.after_evaluation(line)
             self.end_epoch(line)
             self.save(method, optimizer, stage, epoch + 1)
 

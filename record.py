@@ -5,6 +5,9 @@ log.jsonl        a line an epoch
 checkpoint.pt    everything to continue from, replaced atomically after each epoch
 stage-*.pt       the end of each finished stage but the last, for methods of several stages
 events.*         the log again, for TensorBoard
+masks.pt         of dsp: the masks that packing works from
+packed.*         of dsp: the packed network, see export.py
+small.*          of --shrink: the smaller network, see export.py
 model.pt         plain state dict of the finished network: original names and order, exact zeros
 result.json      what came out, or why the run failed; written last
 """
@@ -142,7 +145,9 @@ def log(folder, line, number):
     path = folder / 'log.jsonl'
     lines = path.read_text(errors='replace').splitlines(keepends=True)[:number] if path.exists() else []
     if len(lines) < number or not all(line.endswith('\n') for line in lines):
-        raise RunError(f'{path} is damaged: it should have {number} lines; take another --out, or delete the folder to start over')
+        raise RunError(
+            f'{path} is damaged: it should have {number} lines; take another --out, or delete the folder to start over'
+        )
     write_atomically(path, lambda file: file.write((''.join(lines) + json.dumps(line) + '\n').encode()))
 
 
@@ -193,6 +198,7 @@ def measure(job, method):
     model = job.model
     zeros, macs = count_zeros(model, job.args.pthres), count_macs(model, next(iter(job.test))[0][:1])
     pruned, weights = totals(zeros)
+    smaller = gains(model, next(iter(job.test))[0][:1]) if method.FILTERS else {}
     parameters = list(model.parameters())
     everything = sum(p.numel() for p in parameters)
     macs_dense, macs_nonzero = totals(macs)
@@ -214,21 +220,42 @@ def measure(job, method):
         'torch': torch.__version__,
         'commit': commit(),
         'data': job.source,
+        **smaller,
+        **method.facts(),
         'layers': {name: [*count, *macs.get(name, (0, 0))] for name, count in zeros.items()},
         'args': vars(job.args),
     }
 
 
+def gains(model, example):
+    """Parameters, MACs and milliseconds of the network without its pruned filters and of the whole one; or why there is none."""
+    import shrink  # which imports this module
+
+    try:
+        return shrink.gains(model, shrink.shrink(model, example), example)
+    except ValueError as error:
+        return {'not_smaller': str(error)}
+
+
 def report(result, folder):
     """Print a finished run."""
     r = Namespace(**result)
-    say(
-        f'accuracy   {r.accuracy:.2f} % after the last epoch (best of any epoch, at whatever sparsity: {r.best_accuracy:.2f} %)'
-    )
+    chosen = {
+        'val': 'of the epoch that was best on the validation split',
+        'test-best': 'of the epoch that was BEST ON THE TEST SET',
+    }
+    chosen = chosen.get(result.get('selected'), 'after the last epoch')
+    say(f'accuracy   {r.accuracy:.2f} % {chosen} (best of any epoch, at whatever sparsity: {r.best_accuracy:.2f} %)')
     say(
         f'zeros      {r.zeros:,} of {r.weights:,} prunable weights, {100 * r.sparsity:.4f} %; {100 * r.sparsity_all:.4f} % of all parameters'
     )
     say(f'MACs       {r.macs_nonzero:,} with non-zero weights, {r.macs_dense:,} dense, for one image')
+    if 'small_macs' in result:
+        fewer = f'{r.small_parameters:,} of {r.dense_parameters:,} parameters, {r.small_macs:,} of {r.dense_macs:,} MACs'
+        times = (
+            f'{r.dense_ms_1:.2f} -> {r.small_ms_1:.2f} ms for one image, {r.dense_ms_32:.2f} -> {r.small_ms_32:.2f} ms for 32'
+        )
+        say(f'shrunk     {fewer}; {times}, on two threads')
     say(f'this gives {r.gives}; saved in {folder}/model.pt, all figures in {folder}/result.json')
 
 

@@ -38,6 +38,7 @@ class Method:
     """Dense training, and the base of every method."""
 
     DEFAULTS = {}  # flag defaults of the paper's example run, over those of args.py: {'epochs': 60, 'lr': 0.1}
+    FILTERS = False  # whether whole filters go, so that the result tells what shrinking the network gives
     IDLE = False  # whether it adds parameters that the forward pass does not use
     GIVES = 'zeros'  # 'zeros' in the original network, 'a smaller network', or 'the dense network'
 
@@ -88,6 +89,13 @@ class Method:
 
     def metrics(self):
         """{name: float} to log with the epoch, beside loss, accuracy and sparsity."""
+        return {}
+
+    def after_evaluation(self, line):
+        """After the evaluation that ends the epoch; `line` is what will be logged."""
+
+    def facts(self):
+        """{name: plain value} for result.json, beside what is measured."""
         return {}
 
     def finalize(self, model):

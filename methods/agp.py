@@ -11,7 +11,7 @@ On the command line AGP runs in the fine-tuning stage; --end-epoch is within it.
 
 from args import count, nonnegative, positive
 from compressor import ALGORITHMS, DEFAULT_TYPES, ActivationPruner, algorithm, excludes, select_layers
-from methods.level import OneShot
+from methods.level import OneShot, add_dependency_flag
 
 KEYS = ('initial_sparsity', 'start_epoch', 'end_epoch', 'frequency')
 DEFAULT = {'initial_sparsity': 0.0, 'start_epoch': 0, 'frequency': 1}
@@ -104,6 +104,7 @@ class Method(OneShot):
     def __init__(self, args):
         super().__init__(args)
         self.TYPES = algorithm(args.algorithm).TYPES or DEFAULT_TYPES
+        self.FILTERS = algorithm(args.algorithm).FILTERS
         self.end = (args.finetune_epochs + 1) // 2 if args.end_epoch is None else args.end_epoch
         if not args.start_epoch < self.end <= args.finetune_epochs:
             raise ValueError(
@@ -117,6 +118,7 @@ class Method(OneShot):
     def add_args(cls, parser):
         super().add_args(parser)
         add, shown = parser.add_argument, ' (default: %(default)s)'
+        add_dependency_flag(parser)
         add('--algorithm', choices=list(ALGORITHMS), default='level', help='the criterion' + shown)
         add('--initial-sparsity', type=nonnegative, default=0.0, metavar='SHARE', help='s_i' + shown)
         add('--start-epoch', type=count, default=0, metavar='EPOCH', help='of fine-tuning, the first update' + shown)

@@ -8,6 +8,7 @@ OneShot is what the one-shot pruners do on the command line: pretrain, prune, fi
 """
 
 import itertools
+from argparse import BooleanOptionalAction
 from fnmatch import fnmatchcase
 
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ import record
 from args import count, nonnegative, positive
 from compressor import DEFAULT_TYPES, Compressor, keep_globally, meant
 from methods import Method as Base
+from shrink import dependency_groups
 
 
 class LevelPruner(Compressor):
@@ -47,6 +49,15 @@ def add_layer_flags(parser):
     add('--exclude', nargs='+', default=[], metavar='NAME', help='do not prune these layers; patterns as in --layers')
 
 
+def add_dependency_flag(parser):
+    parser.add_argument(
+        '--dependency-aware',
+        action=BooleanOptionalAction,
+        default=True,
+        help='layers whose filters can only be removed together, as those of a residual stream, have one mask (default: on)',
+    )
+
+
 class OneShot(Base):
     """Pretrain for --epochs (or --from a run), prune once to --ptarget, fine-tune with the masks."""
 
@@ -57,6 +68,7 @@ class OneShot(Base):
     def __init__(self, args):
         super().__init__(args)
         self.pruner = None
+        self.FILTERS = self.PRUNER.FILTERS
 
     @classmethod
     def add_args(cls, parser):
@@ -64,6 +76,8 @@ class OneShot(Base):
         add('--finetune-epochs', type=count, default=40, metavar='N', help='epochs with the masks, after --epochs' + shown)
         add('--finetune-lr', type=nonnegative, default=1e-3, help='their learning rate, constant' + shown)
         add_layer_flags(parser)
+        if cls.PRUNER.FILTERS:
+            add_dependency_flag(parser)
         if cls.SCOPES:
             add('--scope', choices=cls.SCOPES, default=cls.SCOPES[0], help='rank in each layer, or all together' + shown)
 
@@ -113,6 +127,9 @@ class OneShot(Base):
         self.make_pruner(job.model)  # a faulty configuration is to show before training
         self.pretrain(job)
         self.pruner = self.make_pruner(job.model)
+        if self.FILTERS and self.args.dependency_aware:
+            groups = dependency_groups(job.model, next(iter(job.test))[0][:1], depthwise=True)
+            self.pruner.decide_together(groups)
         self.prune(job)
         if self.args.finetune_epochs:
             stage = {'epochs': self.args.finetune_epochs, 'lr': self.args.finetune_lr}

@@ -28,6 +28,7 @@ from methods import (
 from methods.agp import sparsity_at
 from methods.fpgm import distances
 from methods.random_filter import RandomFilterPruner
+from shrink import dependency_groups
 
 ONE_SHOT = [LevelPruner, SlimPruner, FPGMPruner, L1FilterPruner, L2FilterPruner]
 ONE_SHOT += [ActivationAPoZRankFilterPruner, ActivationMeanRankFilterPruner, TaylorFOWeightFilterPruner]
@@ -665,7 +666,7 @@ def test_level_runs_in_both_scopes(tmp_path):
 
 
 def test_slim_runs_with_its_loss(tmp_path):
-    words = ['--method=slim', '--ptarget=0.5', '--finetune-epochs=1', '--epochs=2', '--lr=0.05']
+    words = ['--method=slim', '--ptarget=0.5', '--finetune-epochs=1', '--epochs=2', '--lr=0.05', '--no-dependency-aware']
     ends = {}
     for strength in ('0', '0.05'):
         result, state = run_main(tmp_path / strength, *words, f'--bn-l1={strength}')
@@ -745,3 +746,28 @@ def test_construction_is_silent():
         for kind in ONE_SHOT:
             op_type = {LevelPruner: 'default', SlimPruner: 'BatchNorm2d'}.get(kind, 'Conv2d')
             kind(archs.build('densenet', 10), [{'sparsity': 0.5, 'op_types': [op_type]}])
+
+
+@pytest.mark.parametrize('name', ['l1_filter', 'slim', 'agp'])
+def test_a_residual_stream_is_decided_together_and_gets_smaller(name, tmp_path):
+    words = [f'--method={name}', '--ptarget=0.5', '--finetune-epochs=2', '--epochs=1', '--width=8']
+    words += ['--algorithm=fpgm'] if name == 'agp' else []
+    (aware, state), (alone, _) = run_main(tmp_path / 'a', *words), run_main(tmp_path / 'b', *words, '--no-dependency-aware')
+    dead = {key: (tensor == 0).flatten(1).all(1) for key, tensor in state.items() if tensor.dim() == 4}
+    model = archs.build('resnet20', 10, 8, in_channels=1)
+    stream = [dead[f'{layer}.weight'] for layer in dependency_groups(model, torch.zeros(1, 1, 8, 8))[0]]
+    assert len(stream) == 4 and all(torch.equal(stream[0], one) for one in stream[1:]) and stream[0].any()
+    assert aware['small_parameters'] < alone['small_parameters'] < alone['dense_parameters'] == alone['parameters']
+    assert aware['small_macs'] < aware['dense_macs'] == aware['macs_dense'] and aware['small_ms_32'] > 0
+
+
+def test_deciding_together_by_hand():
+    """Filter scores 1, 5, 2 and 4, 0, 6 of two convolutions that end in one sum have the means 2.5, 2.5 and 4."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, 5.0, 2.0]).view(3, 1, 1, 1))
+        model[1].weight.copy_(torch.tensor([4.0, 0.0, 6.0]).view(3, 1, 1, 1).expand(3, 3, 1, 1) / 3)
+    pruner = L1FilterPruner(model, [{'sparsity': 0.34, 'op_types': ['Conv2d']}])
+    pruner.decide_together([['0', '1'], ['not pruned', '0']])
+    pruner.compress()  # means 2.5, 2.5, 4: the first of the equal ones goes, in both
+    assert [mask['weight'].flatten(1).any(1).tolist() for mask in pruner.masks.values()] == [[False, True, True]] * 2

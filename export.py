@@ -1,0 +1,530 @@
+"""Files of finished networks, among them small ones that no longer have the shapes of their architecture.
+
+    save(model, 'small', example_input)          small.pt, a plain state dict, and small.json, what to build around it
+    model = load('small')                        in another process, without the code that built it and without running stored code
+    write_pt2(model, example_input, 'small.pt2') for torch.export, ExecuTorch, AOTInductor
+    write_onnx(model, example_input, 'small.onnx')
+    model = read('small.pt2', trust=True)        any of them but ONNX
+
+small.json lists the layers (class and constructor arguments) and the operations between them, as torch.fx traces them. Both are
+looked up in the tables below when the file is read, and nothing in it is ever evaluated: a file from a stranger can be wrong,
+and then gives a ValueError, but cannot run anything. A .pt2 or TorchScript file holds a program, so read() wants `trust` for it.
+"""
+
+import builtins
+import contextlib
+import copy
+import importlib.util
+import json
+import keyword
+import math
+import operator
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+FORMAT = 'network without code, 1'
+TOLERANCE = 1e-5  # of the largest output
+
+# The layers that a description may name, and the constructor arguments that are stored; all are attributes of the same name.
+_CONV = 'in_channels out_channels kernel_size stride padding dilation groups bias padding_mode'
+_TRANSPOSED = 'in_channels out_channels kernel_size stride padding output_padding groups bias dilation padding_mode'
+_NORM = 'num_features eps momentum affine track_running_stats'
+_MAX_POOL = 'kernel_size stride padding dilation return_indices ceil_mode'
+_LAYERS = {
+    **dict.fromkeys(['Conv1d', 'Conv2d', 'Conv3d'], _CONV),
+    **dict.fromkeys(['ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose3d'], _TRANSPOSED),
+    **dict.fromkeys(['BatchNorm1d', 'BatchNorm2d', 'BatchNorm3d', 'InstanceNorm1d', 'InstanceNorm2d'], _NORM),
+    **dict.fromkeys(['MaxPool1d', 'MaxPool2d', 'MaxPool3d'], _MAX_POOL),
+    'AvgPool1d': 'kernel_size stride padding ceil_mode count_include_pad',
+    **dict.fromkeys(['AvgPool2d', 'AvgPool3d'], 'kernel_size stride padding ceil_mode count_include_pad divisor_override'),
+    **dict.fromkeys(['AdaptiveAvgPool1d', 'AdaptiveAvgPool2d', 'AdaptiveAvgPool3d'], 'output_size'),
+    **dict.fromkeys(['AdaptiveMaxPool1d', 'AdaptiveMaxPool2d', 'AdaptiveMaxPool3d'], 'output_size return_indices'),
+    'Linear': 'in_features out_features bias',
+    'GroupNorm': 'num_groups num_channels eps affine',
+    'LayerNorm': 'normalized_shape eps elementwise_affine',
+    **dict.fromkeys(['ReLU', 'ReLU6', 'SiLU', 'SELU', 'Mish', 'Hardswish', 'Hardsigmoid'], 'inplace'),
+    **dict.fromkeys(['ELU', 'CELU'], 'alpha inplace'),
+    'LeakyReLU': 'negative_slope inplace',
+    'Hardtanh': 'min_val max_val inplace',
+    'PReLU': 'num_parameters',
+    'GELU': 'approximate',
+    'Softplus': 'beta threshold',
+    **dict.fromkeys(['Sigmoid', 'Tanh', 'Identity'], ''),
+    **dict.fromkeys(['Softmax', 'LogSoftmax'], 'dim'),
+    **dict.fromkeys(['Dropout', 'Dropout1d', 'Dropout2d', 'Dropout3d', 'AlphaDropout'], 'p inplace'),
+    'Flatten': 'start_dim end_dim',
+    'Upsample': 'size scale_factor mode align_corners recompute_scale_factor',
+    'PixelShuffle': 'upscale_factor',
+    **dict.fromkeys(['ZeroPad2d', 'ReflectionPad2d', 'ReplicationPad2d'], 'padding'),
+    'ChannelShuffle': 'groups',
+}
+LAYERS = {name: tuple(arguments.split()) for name, arguments in _LAYERS.items()}
+
+# The functions and methods that may be called between the layers.
+_OPERATORS = 'add iadd sub isub mul imul truediv itruediv floordiv neg getitem'
+_TORCH = (
+    'add sub mul div cat concat stack flatten relu sigmoid tanh softmax mean sum amax squeeze unsqueeze reshape permute'
+    ' transpose chunk split narrow index_select index_add clamp neg clone matmul adaptive_avg_pool1d'
+)
+_FUNCTIONAL = (
+    'relu relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus softmax log_softmax'
+    ' max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d interpolate pad pixel_shuffle'
+)
+_METHODS = (
+    'add add_ sub mul mul_ div size dim view reshape flatten mean sum amax relu relu_ sigmoid tanh softmax permute transpose'
+    ' contiguous squeeze unsqueeze chunk split clamp expand index_select clone detach'
+)
+FUNCTIONS = {f'operator.{name}': getattr(operator, name) for name in _OPERATORS.split()}
+FUNCTIONS |= {f'torch.{name}': getattr(torch, name) for name in _TORCH.split()}
+FUNCTIONS |= {f'functional.{name}': getattr(F, name) for name in _FUNCTIONAL.split()}
+FUNCTIONS['getattr'] = builtins.getattr  # of `shape` only
+FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
+METHODS = set(_METHODS.split())
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)}
+
+
+# ------------------------------------------------------------------------------------------------------------- tracing
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return is_layer(module)
+
+
+def is_layer(module):
+    """Whether a description can name this module: a layer of the table. Subclasses are not, they may compute something else."""
+    name = type(module).__name__
+    return name in LAYERS and getattr(nn, name) is type(module)
+
+
+def trace(model):
+    """The fx.Graph of a model in eval mode, with the layers of the table as its leaves; modes are afterwards as before.
+
+    A forward with constant tensors leaves them on the model as attributes, so trace a copy. Raises ValueError for a model that
+    torch.fx cannot trace, one that does not take one tensor, and one whose weights are still parametrized.
+    """
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise ValueError(f'layer {name or type(model).__name__} is parametrized: turn it into a plain layer first')
+    try:
+        with eval_mode(model):
+            graph = _Tracer().trace(model)
+    except Exception as error:  # whatever the model's own code raises when it meets a proxy
+        raise ValueError(f'torch.fx cannot trace {type(model).__name__}: {_reason(error)}') from error
+    if sum(node.op == 'placeholder' for node in graph.nodes) != 1:
+        raise ValueError(f'{type(model).__name__} must take one tensor')
+    return graph
+
+
+@contextlib.contextmanager
+def eval_mode(model):
+    """The model in eval mode; afterwards each module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _reason(error):
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+
+
+# ---------------------------------------------------------------------------------------------------- state dict and JSON
+
+
+def save(model, path, example_input, **info):
+    """Write `path`.pt, the plain state dict, and `path`.json, the description that load() rebuilds the network from.
+
+    model: layers of the table above with operations of the tables between them, from one tensor to one
+    tensor; it is left as it is. path: with or without .pt. example_input: a batch; the network is rebuilt from what will be
+    written and must give the same outputs for it. info: plain values, stored along; load() gives them back as `model.info`.
+    Weights that layers share are stored once each. Returns the two paths. Raises ValueError, naming the layer or operation,
+    for what a description cannot hold.
+    """
+    network = copy.deepcopy(model).cpu().eval()
+    description, tensors = describe(network, trace(network))
+    description |= {'input': list(example_input.shape[1:]), 'info': info}
+    try:
+        text = _format(description)
+    except TypeError as error:
+        raise ValueError(f'info must be plain values that JSON can hold: {error}') from None
+    again = rebuild(json.loads(text), tensors)
+    if not (difference := compare(network, again, example_input.detach().cpu())) <= TOLERANCE:  # it may be NaN
+        raise ValueError(f'the network rebuilt from its description differs by {difference:.1e} of the largest output')
+    from record import write_atomically  # here, so that this file is usable alone for reading
+
+    weights, json_file = _paths(path)
+    write_atomically(weights, lambda file: torch.save(tensors, file))
+    write_atomically(json_file, lambda file: file.write(text.encode()))
+    return weights, json_file
+
+
+def load(path):
+    """Rebuild the network that save() wrote: an fx.GraphModule in eval mode on the CPU, with the names of the original.
+
+    Nothing stored is run: layers and operations are looked up in fixed tables, tensors are read with weights_only. Raises
+    ValueError for files that are missing, damaged, do not fit each other, or name what is not in the tables.
+    """
+    weights, json_file = _paths(path)
+    try:
+        description = json.loads(json_file.read_text())
+    except OSError as error:
+        raise ValueError(f'cannot read the description {json_file}: {error.strerror}') from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{json_file} is no valid JSON: {" ".join(str(error).split())[:100]}') from None
+    try:
+        tensors = torch.load(weights, map_location='cpu', weights_only=True)
+    except OSError as error:
+        raise ValueError(f'cannot read the weights {weights}: {error.strerror}') from None
+    except Exception as error:  # torch reports damage, and code, as RuntimeError, EOFError, UnpicklingError, KeyError, ...
+        raise ValueError(f'{weights} is no state dict of tensors, or is damaged ({type(error).__name__})') from None
+    try:
+        return rebuild(description, tensors)
+    except ValueError as error:
+        raise ValueError(f'{json_file}: {error}') from None
+
+
+def _paths(path):
+    """small, small.pt or small.json -> (small.pt, small.json)."""
+    path = Path(path)
+    base = path.with_suffix('') if path.suffix in ('.pt', '.json') else path
+    return base.with_name(base.name + '.pt'), base.with_name(base.name + '.json')
+
+
+def _format(description):
+    """JSON with a line a layer, tensor and operation, so that it can be read and compared."""
+    lines = []
+    for key, value in description.items():
+        rows = value if isinstance(value, list) else None
+        inner = json.dumps(value) if rows is None else '[\n  ' + ',\n  '.join(json.dumps(row) for row in rows) + '\n ]'
+        lines.append(f' {json.dumps(key)}: {inner}')
+    return '{\n' + ',\n'.join(lines) + '\n}\n'
+
+
+def describe(network, graph):
+    """(description, {name: tensor}) of a network on the CPU and its graph: plain values, and all tensors it computes with."""
+    layers, tensors, shared, operations = {}, {}, {}, []
+    for node in graph.nodes:
+        if node.op == 'call_module' and node.target not in layers:
+            layer = network.get_submodule(node.target)
+            layers[node.target] = {'name': node.target, 'class': type(layer).__name__, 'arguments': _arguments(layer)}
+            tensors |= {f'{node.target}.{name}': value for name, value in layer.state_dict().items()}
+        elif node.op == 'get_attr':
+            value = operator.attrgetter(node.target)(network)
+            tensors[node.target] = value.detach()
+            shared[node.target] = {'name': node.target, 'trained': isinstance(value, nn.Parameter)}
+            shared[node.target] |= {'shape': list(value.shape), 'dtype': str(value.dtype)}
+        operations.append(_describe_node(node))
+    for name in [*layers, *shared]:
+        _check_name(name)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    description = {'format': FORMAT, 'layers': list(layers.values()), 'tensors': list(shared.values())}
+    return description | {'operations': operations}, tensors
+
+
+def _arguments(layer):
+    """The constructor arguments of a layer, from its attributes."""
+    values = {name: getattr(layer, name) for name in LAYERS[type(layer).__name__]}
+    if 'bias' in values:
+        values['bias'] = layer.bias is not None
+    return values
+
+
+def _describe_node(node):
+    target = node.target
+    if node.op == 'call_function':
+        if target not in FUNCTION_NAMES:
+            raise ValueError(f'the function {getattr(target, "__name__", target)} ({node.name}) has no place in a description')
+        target = FUNCTION_NAMES[target]
+    row = {'name': node.name, 'op': node.op, 'target': target}
+    row['args'] = [_encode(value, node) for value in node.args]
+    row['kwargs'] = {key: _encode(value, node) for key, value in node.kwargs.items()}
+    check_operation(row)
+    return row
+
+
+def _encode(value, node):
+    if isinstance(value, fx.Node):
+        return {'node': value.name}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, slice):
+        return {'slice': [_encode(part, node) for part in (value.start, value.stop, value.step)]}
+    if value is Ellipsis:
+        return {'ellipsis': True}
+    if isinstance(value, tuple):
+        return {'tuple': [_encode(part, node) for part in value]}
+    if isinstance(value, list):
+        return [_encode(part, node) for part in value]
+    raise ValueError(f'the argument {value!r} of {node.name} has no place in a description')
+
+
+# ------------------------------------------------------------------------------------------------- what comes from a file
+
+
+def rebuild(description, tensors):
+    """The network that describe() described, in eval mode. Raises ValueError for anything that is not as describe() writes it."""
+    if not isinstance(description, dict) or description.get('format') != FORMAT:
+        raise ValueError(f'this is no description of the format {FORMAT!r}')
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError('the weights must be a dict of tensors')
+    try:
+        root = nn.Module()
+        for layer in description['layers']:
+            _add(root, layer['name'], _build_layer(layer))
+        for row in description['tensors']:
+            empty = torch.empty(row['shape'], dtype=DTYPES[row['dtype']], device='meta')
+            _add(root, row['name'], nn.Parameter(empty) if row['trained'] is True else empty)
+        graph = _build_graph(description['operations'], {layer['name'] for layer in description['layers']}, description)
+        _fill(root, tensors)
+        network = fx.GraphModule(root, graph, 'Network')
+        network.info = description['info'] if 'info' in description else {}
+    except ValueError:
+        raise
+    except Exception as error:  # missing keys, wrong types, arguments that a layer refuses
+        raise ValueError(f'the description is damaged ({_reason(error)})') from None
+    return network.eval()
+
+
+def _check_name(name):
+    """The dotted name of a layer or tensor: words of letters, digits, _ and -, so that it cannot be code."""
+    if not isinstance(name, str) or not all(re.fullmatch(r'(?!__)[A-Za-z0-9_-]+', part) for part in name.split('.')):
+        raise ValueError(f'{name!r} is no name of a layer')
+
+
+def _add(root, name, value):
+    """Put a layer or tensor at its dotted name, making the modules in between."""
+    _check_name(name)
+    *folders, last = name.split('.')
+    for folder in folders:
+        if folder not in root._modules:
+            root.add_module(folder, nn.Module())
+        root = root._modules[folder]
+    if isinstance(value, nn.Module):
+        root.add_module(last, value)
+    elif isinstance(value, nn.Parameter):
+        root.register_parameter(last, value)
+    else:
+        root.register_buffer(last, value)
+
+
+def _build_layer(row):
+    """A layer without values: its class and arguments must be in the table, so nothing else can be constructed."""
+    name, arguments = row['class'], row['arguments']
+    if name not in LAYERS:
+        raise ValueError(f'unknown layer {name!r}: a description may name {", ".join(LAYERS)}')
+    if not set(arguments) <= set(LAYERS[name]):
+        raise ValueError(f'a {name} is not described by {", ".join(sorted(map(str, arguments)))}')
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    with torch.device('meta'):
+        return getattr(nn, name)(**arguments)
+
+
+def _build_graph(rows, layers, description):
+    """The fx.Graph of the operations. Every name in it is checked or made here: fx writes Python source from a graph."""
+    graph, nodes = fx.Graph(), {}
+    names = layers | {row['name'] for row in description['tensors']}
+    for row in rows:
+        check_operation(row)
+        op, target = row['op'], row['target']
+        if op in ('call_module', 'get_attr') and (target not in names or (op == 'call_module') != (target in layers)):
+            raise ValueError(f'operation {row["name"]!r} refers to {target!r}, which is not described')
+        args = tuple(_decode(value, nodes) for value in row['args'])
+        kwargs = {key: _decode(value, nodes) for key, value in row['kwargs'].items()}
+        if op == 'placeholder':
+            node = graph.placeholder('x')
+        elif op == 'output':
+            node = graph.output(args[0])
+        else:
+            node = graph.create_node(op, FUNCTIONS[target] if op == 'call_function' else target, args, kwargs)
+        if row['name'] in nodes:
+            raise ValueError(f'two operations have the name {row["name"]!r}')
+        nodes[row['name']] = node
+    if [row['op'] for row in rows].count('placeholder') != 1 or not rows or rows[-1]['op'] != 'output':
+        raise ValueError('the operations must begin with one input and end in one output')
+    return graph
+
+
+def check_operation(row):
+    """Raise ValueError for an operation that is not in the tables, or whose arguments could be anything but values."""
+    op, target, args, kwargs = row['op'], row['target'], row['args'], row['kwargs']
+    if op not in ('placeholder', 'call_module', 'call_function', 'call_method', 'get_attr', 'output'):
+        raise ValueError(f'unknown kind of operation {op!r}')
+    if not isinstance(args, list) or not isinstance(kwargs, dict):
+        raise ValueError(f'the arguments of {row["name"]!r} must be a list and a mapping')
+    if not all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in kwargs):
+        raise ValueError(f'{list(kwargs)} are no names of arguments')
+    if op == 'call_function' and target not in FUNCTIONS:
+        raise ValueError(f'unknown function {target!r}')
+    if op == 'call_method' and target not in METHODS:
+        raise ValueError(f'the method {target!r} has no place in a description')
+    if op in ('call_module', 'call_method') and not (args and _is_node(args[0])):
+        raise ValueError(f'{target!r} must be called on the result of an operation')
+    if target == 'getattr' and op == 'call_function' and not (len(args) == 2 and _is_node(args[0]) and args[1] == 'shape'):
+        raise ValueError('of the attributes only the shape of a tensor can be read')
+    if op in ('placeholder', 'get_attr') and (args or kwargs) or op == 'output' and (len(args) != 1 or kwargs):
+        raise ValueError(f'wrong arguments for {op} {row["name"]!r}')
+
+
+def _is_node(value):
+    return isinstance(value, dict) and list(value) == ['node']
+
+
+def _decode(value, nodes):
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list):
+        return [_decode(part, nodes) for part in value]
+    if isinstance(value, dict) and len(value) == 1:
+        (kind, content), *_ = value.items()
+        if kind == 'node' and isinstance(content, str) and content in nodes:
+            return nodes[content]
+        if kind == 'tuple':
+            return tuple(_decode(part, nodes) for part in content)
+        if kind == 'slice' and len(content) == 3:
+            return slice(*(_decode(part, nodes) for part in content))
+        if kind == 'ellipsis':
+            return Ellipsis
+    raise ValueError(f'{json.dumps(value)[:100]} is no argument of an operation, or refers to one that does not come before it')
+
+
+def _fill(root, tensors):
+    """Give the empty network its tensors; names and shapes must be the same on both sides."""
+    expected = root.state_dict()
+    for name in expected.keys() | tensors.keys():
+        if name not in tensors:
+            raise ValueError(f'the weights have no tensor {name!r}')
+        if name not in expected:
+            raise ValueError(f'the weights have a tensor {name!r} that no layer has')
+        if tensors[name].shape != expected[name].shape:
+            shapes = f'{list(tensors[name].shape)}, not {list(expected[name].shape)}'
+            raise ValueError(f'the tensor {name!r} of the weights has the shape {shapes}')
+        if tensors[name].is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f'the tensor {name!r} of the weights is of type {tensors[name].dtype}')
+    root.load_state_dict(tensors, assign=True)
+
+
+@torch.no_grad()
+def compare(one, other, example_input):
+    """The largest difference of two networks' outputs in eval mode, as a share of the largest output of the first."""
+    outputs = []
+    for model in (one, other):
+        with eval_mode(model):
+            outputs.append(model(example_input.clone()))
+    if not all(isinstance(output, torch.Tensor) for output in outputs):
+        raise ValueError(f'{type(one).__name__} must return one tensor')
+    if outputs[0].shape != outputs[1].shape:
+        return math.inf
+    difference = (outputs[0] - outputs[1]).abs().max().item()
+    return 0.0 if difference == 0 else difference / max(outputs[0].abs().max().item(), 1e-30)
+
+
+# ------------------------------------------------------------------------------------------------- files for other programs
+
+
+def write_pt2(model, example_input, path):
+    """Write the .pt2 file of torch.export, for any batch size; example_input: a batch. Read it with read(path, trust=True)."""
+    from record import write_atomically
+
+    program = torch.export.export(*_exportable(model, example_input), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    write_atomically(Path(path), lambda file: torch.export.save(program, file))
+
+
+def write_onnx(model, example_input, path):
+    """Write an ONNX file with inputs `input` and outputs `output`, for any batch size. Raises ValueError, naming the packages
+    to install, where those that PyTorch needs for it are missing."""
+    from record import write_atomically
+
+    missing = [name for name in ('onnx', 'onnxscript') if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'ONNX files need {" and ".join(missing)}: pip install {" ".join(missing)}')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the exporter's own making
+        program = torch.onnx.export(
+            *_exportable(model, example_input),
+            dynamo=True,
+            verbose=False,
+            input_names=['input'],
+            output_names=['output'],
+            dynamic_shapes=({0: torch.export.Dim('batch')},),
+        )
+    write_atomically(Path(path), lambda file: file.write(program.model_proto.SerializeToString()))
+
+
+def write_torchscript(model, example_input, path):
+    """Write a TorchScript file by tracing. PyTorch deprecates the format: prefer .pt2 where the choice is free."""
+    from record import write_atomically
+
+    model, (example,) = _exportable(model, example_input)
+    with _quiet_jit():
+        traced = torch.jit.trace(model, example)
+        write_atomically(Path(path), lambda file: torch.jit.save(traced, file))
+
+
+@contextlib.contextmanager
+def _quiet_jit():
+    """Without the deprecation warnings of torch.jit: whoever asks for TorchScript has been told by write_torchscript()."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)
+        warnings.filterwarnings('ignore', '.*deprecated', FutureWarning)
+        yield
+
+
+def _exportable(model, example_input):
+    """(a copy in eval mode, (a batch of at least two,)): torch.export takes a batch of one for a constant."""
+    example = example_input.detach()
+    return copy.deepcopy(model).eval(), (torch.cat([example, example]) if len(example) == 1 else example,)
+
+
+def read(path, trust=False):
+    """A network, in eval mode, from a file of save(), write_pt2() or write_torchscript(), whichever it is.
+
+    The last two kinds hold a program, which runs as code on this machine when it is loaded or used: they are refused unless
+    `trust` says that the file comes from a source you trust. Raises ValueError for those, and for files that are neither.
+    """
+    path = Path(path)
+    kind = file_kind(path)
+    if kind == 'description':
+        return load(path)
+    if kind in ('.pt2', 'TorchScript') and not trust:
+        raise ValueError(
+            f'{path} is a {kind} file, which can carry code that runs when it is read: use trust only if you know where it comes from'
+        )
+    try:
+        if kind == '.pt2':
+            return torch.export.load(path).module()
+        if kind == 'TorchScript':
+            with _quiet_jit():
+                return torch.jit.load(path, map_location='cpu').eval()
+    except Exception as error:
+        raise ValueError(f'{path} cannot be read as a {kind} file: {_reason(error)}') from None
+    raise ValueError(f'{path} holds {kind}, not a network that can be rebuilt from it')
+
+
+def file_kind(path):
+    """'description' (of save()), '.pt2', 'TorchScript', or words for what else it is. Only looks at the file, runs nothing."""
+    if path.suffix == '.json' or _paths(path)[1].is_file() and path.suffix in ('', '.pt'):
+        return 'description'
+    if not path.is_file():
+        raise ValueError(f'there is no file {path}')
+    if path.suffix == '.onnx':
+        return 'an ONNX network (open it with onnxruntime)'
+    if not zipfile.is_zipfile(path):
+        return 'something unknown'
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if path.suffix == '.pt2' or any(name.endswith('archive_format') for name in names):
+        return '.pt2'
+    if any(name.endswith('/constants.pkl') or '/code/' in name for name in names):
+        return 'TorchScript'
+    return f'weights only, without the description {_paths(path)[1].name} beside it'

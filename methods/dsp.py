@@ -1,0 +1,276 @@
+"""Dynamic Structure Pruning (Park, Kim, Kim, Choi and Lee, "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023,
+arXiv 2303.09736): filter groups are learned with the weights, then each group loses its least important input channels.
+
+    from methods.dsp import *      gives GroupWrapper, PruneWrapper and pack, for your own training loop; see dsp_wrappers.py
+
+--method dsp is the authors' pipeline, in stages that --stage runs alone, each from the weights that --from names:
+pretrain   the dense network, --epochs
+group      group learning, --group-epochs: a second pass of the network a step
+prune      group channel pruning, down to a share --prune of the FLOPs
+finetune   prune, then --cycles cosine cycles over --finetune-epochs; each further one prunes 0.1 % more FLOPs
+pack       from a pruned run: the smaller network in files of its own
+--stage all begins after what --from has: after pretraining, or after group learning where the weights come with groups. A stage
+hands on the network of one epoch, as --select says, and so does each cycle: the best on the validation split, the last, or the
+best on the test set as the authors do, which is no honest figure and is named in the result.
+
+Pruned FLOPs and weights are counted over the grouped convolutions alone, as in the paper's tables: without the first one, those
+of shortcuts, and the classifier; the whole network's share is printed beside it. masks.pt holds their masks.
+Deviations: pruned weights stay at zero with their momentum; the learning rate warms up linearly in the first two epochs, where
+the authors take a quarter of it; the best network of a cycle is that of this cycle's epochs. For those of the two learning
+steps see dsp_wrappers.py.
+"""
+
+from argparse import Namespace
+
+from torch import nn
+
+import export
+import record
+from args import count, fraction, nonnegative, positive
+from dsp_wrappers import GroupWrapper, PruneWrapper, filter_pruned, group_convs, set_group, strip
+from methods import Method as Base
+from packing import pack
+
+__all__ = ['GroupWrapper', 'PruneWrapper', 'pack']
+
+STAGES = ['all', 'pretrain', 'group', 'prune', 'finetune', 'pack']
+COSINE = {'lr_schedule': 'cosine', 'lr_restarts': 0, 'warmup_epochs': 0.0}
+MORE = 0.001  # of the FLOPs, pruned with each further cycle
+
+
+def default_fp_every(model):
+    """Every how many convolutions one ends a residual block, by the network's name; -1 where there are no such blocks."""
+    return 3 if model == 'resnet50' else 2 if model.startswith(('resnet', 'wrn')) else -1
+
+
+class Method(Base):
+    IDLE = True  # the group logits
+    DEFAULTS = {
+        'model': 'resnet20',
+        'dataset': 'cifar10',
+        'epochs': 164,
+        'batch_size': 128,
+        'lr': 0.1,
+        'lr_schedule': 'multistep',
+    }
+    DEFAULTS |= {'warmup_epochs': 2.0, 'wd': 1e-4, 'wd_all': True, 'clip': 0.0, 'drop_last': True, 'val_size': 5000}
+
+    def __init__(self, args):
+        super().__init__(args)
+        started = vars(args).get('from') is not None
+        if args.stage in ('group', 'prune', 'finetune', 'pack') and not started:
+            raise ValueError(f'--stage {args.stage} goes on from the weights of another run: name it with --from')
+        if 0 < args.finetune_epochs < args.cycles:
+            raise ValueError(f'--cycles {args.cycles} takes at least as many --finetune-epochs, not {args.finetune_epochs}')
+        if not args.temperature:
+            raise ValueError('--temperature must be above 0')
+        if args.select == 'val' and not args.val_size:
+            raise ValueError('--select val takes a validation split: give --val-size, or --select last')
+        self.select = args.select or ('val' if args.val_size else 'last')
+        self.started, self.learned = started, {}  # {convolution: its group logits} of the run that --from names
+        self.stage, self.steps, self.fit, self.grouper, self.pruner = None, 0, None, None, None
+        self.best, self.best_score, self.figures = None, -1.0, {}
+        if args.stage in ('pretrain', 'group'):
+            self.GIVES = 'the dense network'
+
+    @staticmethod
+    def add_args(parser):
+        def add(*flags, kind, default=None, text, **more):
+            parser.add_argument(*flags, type=kind, default=default, help=f'{text} (default: %(default)s)', **more)
+
+        add('-g', '--groups', kind=positive, default=4, text='filter groups of a convolution')
+        add('-r', '--regularize', kind=nonnegative, default=2e-3, text='lambda, strength of the regulariser at the end')
+        add('-t', '--temperature', kind=nonnegative, default=0.5, text="of the groups' Gumbel softmax")
+        add('-p', '--prune', kind=fraction, default=0.5, text="share of the grouped convolutions' FLOPs to prune")
+        add('-c', '--cycles', kind=positive, default=5, text='cosine cycles of fine-tuning')
+        add('--group-epochs', kind=positive, default=120, text='epochs of group learning')
+        add('--group-lr', kind=nonnegative, default=0.05, text='its learning rate, on a cosine')
+        add('--group-wd', kind=nonnegative, default=1e-3, text='its weight decay')
+        add('--finetune-epochs', kind=count, default=400, text='epochs of fine-tuning, all cycles together')
+        add('--finetune-lr', kind=nonnegative, default=0.015, text='learning rate at the start of each cycle')
+        add('--finetune-wd', kind=nonnegative, default=1e-3, text='weight decay of fine-tuning')
+        add(
+            '--round-to',
+            kind=positive,
+            default=1,
+            text='keep channels and filters of a group in multiples of this',
+            metavar='N',
+        )
+        add = parser.add_argument
+        add(
+            '--stage',
+            choices=STAGES,
+            default='all',
+            help='run this stage alone, on the weights of --from (default: %(default)s)',
+        )
+        add(
+            '--select',
+            choices=['val', 'last', 'test-best'],
+            help="the epoch whose network a stage hands on; test-best is the authors' protocol (default: val, or last without --val-size)",
+        )
+        add(
+            '--fp-every',
+            type=int,
+            metavar='N',
+            help='prune whole filters in every N-th convolution, -1 for none (default: the last of each residual block)',
+        )
+        add('--fp-layers', type=int, nargs='+', metavar='I', help='or in the convolutions with these indices, from 0')
+        add('--exclude', nargs='+', metavar='LAYER', help='convolutions left whole (default: the first and those of shortcuts)')
+        add('--pack', action='store_true', help='pack the network at the end, as --stage pack does')
+        add('--pack-batch', type=positive, default=1, metavar='N', help='images at a time to pack for (default: %(default)s)')
+        add('--torchscript', action='store_true', help='when packing, write packed.ts too')
+
+    def start_from(self, model, state):
+        """Plain weights, or group-learned ones: then group learning is done."""
+        extras = {name: tensor for name, tensor in state.items() if name.endswith(('.group', '.mask'))}
+        super().start_from(model, {name: tensor for name, tensor in state.items() if name not in extras})
+        self.learned = {name.removesuffix('.group'): logits for name, logits in extras.items() if name.endswith('.group')}
+        if wrong := [len(logits) for logits in self.learned.values() if len(logits) != self.args.groups]:
+            raise ValueError(f'the run of --from learned {wrong[0]} groups, not {self.args.groups}: give it as --groups')
+        if self.args.stage in ('prune', 'finetune') and not self.learned:
+            raise ValueError(
+                f'--stage {self.args.stage} needs learned groups, and the run of --from has none: name one of --stage group'
+            )
+
+    # ------------------------------------------------------------------------------------------------ hooks of the loop
+
+    def prepare(self, model, steps):
+        self.steps = steps
+
+    def attach(self, fit):
+        self.fit = fit
+        if self.stage == 'group':
+            a, more = self.args, {'autocast': fit.autocast, 'forward': fit.forward, 'say': record.say}
+            settings = a.regularize, self.steps, a.groups, a.temperature, fit.example
+            more |= {'exclude': a.exclude, 'accumulate': a.accumulate}
+            self.grouper = GroupWrapper(fit.model, fit.optimizer, fit.criterion, *settings, **more)
+            self.take_groups(self.grouper.convs)
+
+    def before_step(self, step):
+        if self.grouper is not None:
+            self.grouper.initialize()
+
+    def after_step(self, step, batch):
+        if self.grouper is not None:
+            self.grouper.after_step(*batch)
+        elif self.pruner is not None:
+            self.pruner.after_step(self.fit.optimizer)
+
+    def metrics(self):
+        return self.figures
+
+    def after_evaluation(self, line):
+        """Keep the network of the best epoch of a stage, before it is saved."""
+        key = {'val': 'val_accuracy', 'test-best': 'accuracy'}.get(self.select)
+        if key is not None and line[key] > self.best_score:
+            self.best = {name: tensor.clone() for name, tensor in self.fit.model.state_dict().items()}
+            self.best_score = line[key]
+
+    def state_dict(self):
+        state = {} if self.grouper is None else {'grouper': self.grouper.state_dict()}
+        return state if self.best is None else state | {'best': self.best, 'best_score': self.best_score}
+
+    def load_state_dict(self, state):
+        self.best, self.best_score = state.get('best'), state.get('best_score', -1.0)
+        if self.grouper is not None:
+            self.grouper.load_state_dict(state['grouper'])
+
+    def finalize(self, model):
+        """The plain network; after --stage group and --stage prune with the groups, which the next stage needs."""
+        convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        groups = {name: conv.group.detach() for name, conv in convs.items() if hasattr(conv, 'group')}
+        if self.pruner is not None:
+            self.pruner.remove()
+        strip(model)
+        for name, group in groups.items() if self.args.stage in ('group', 'prune') else ():
+            set_group(convs[name], group)
+        return model
+
+    def facts(self):
+        """What the result says beside the counted figures."""
+        return {'stage': self.args.stage, 'selected': self.select, **self.figures}
+
+    # ------------------------------------------------------------------------------------------------------- the stages
+
+    def run(self, job):
+        stage, a = job.args.stage, job.args
+        self.check(job)
+        if stage == 'pretrain' or stage == 'all' and not self.started:
+            self.train(job, 'pretrain')
+        if stage == 'group' or stage == 'all' and not self.learned:
+            self.train(job, 'group', epochs=a.group_epochs, lr=a.group_lr, wd=a.group_wd, **COSINE)
+            self.grouper = None
+        if stage in ('all', 'prune', 'finetune'):
+            self.prune(job, a.prune)
+            self.finetune(job, a.cycles if a.finetune_epochs and stage != 'prune' else 0)
+            record.save({name: mask.cpu() for name, mask in self.pruner.masks().items()}, job.folder / 'masks.pt')
+        if stage == 'pack' or a.pack:
+            self.finalize(job.model)
+            write_packed(job)
+
+    def check(self, job):
+        """Raise ValueError for layers that are not there now, not after hours of pretraining."""
+        example = next(iter(job.test))[0][:1]
+        convs = group_convs(job.model, example, job.args.exclude, say=lambda text: None)
+        filter_pruned(list(convs), self.fp_every(), job.args.fp_layers)
+
+    def fp_every(self):
+        return default_fp_every(self.args.model) if self.args.fp_every is None else self.args.fp_every
+
+    def train(self, job, stage, **changes):
+        """One stage of training; the model is then that of the selected epoch."""
+        self.args = Namespace(**vars(job.args) | changes)
+        self.stage, self.best, self.best_score = stage, None, -1.0
+        job.fit(self, stage, **changes)
+        if self.best is not None:
+            job.model.load_state_dict(self.best)
+
+    def prune(self, job, rate):
+        """Prune a share of the FLOPs, by the present weights and groups."""
+        if self.pruner is None:
+            a = job.args
+            example = next(iter(job.test))[0][:1]
+            settings = a.groups, self.fp_every(), a.fp_layers, example, a.round_to
+            self.pruner = PruneWrapper(job.model, *settings, exclude=a.exclude, say=record.say)
+            self.take_groups(self.pruner.convs)
+        flops, weights = self.pruner.initialize(rate)
+        self.figures = {'flops_pruned': flops / 100, 'weights_pruned': weights / 100}
+
+    def take_groups(self, convs):
+        """Begin with the groups that the run of --from has learned, if it has."""
+        if self.learned and set(self.learned) != set(convs):
+            odd = sorted(set(self.learned) ^ set(convs))[0]
+            raise ValueError(f'the run of --from has grouped other convolutions ({odd}): give the same --exclude')
+        for name, logits in self.learned.items():
+            convs[name].group.data.copy_(logits)
+
+    def finetune(self, job, cycles):
+        a = job.args
+        for cycle in range(cycles):
+            if cycle:
+                self.prune(job, min(self.figures['flops_pruned'] + MORE, 0.9999))
+            epochs = a.finetune_epochs * (cycle + 1) // cycles - a.finetune_epochs * cycle // cycles
+            self.train(job, f'cycle{cycle + 1}', epochs=epochs, lr=a.finetune_lr, wd=a.finetune_wd, **COSINE)
+
+
+def write_packed(job):
+    """Pack the finished network, whose pruned kernels are exactly zero, for this device and --pack-batch images at a time.
+
+    Into the run's folder go packed.pt and packed.json, from which it is rebuilt without running stored code, packed.pt2 and,
+    asked for, packed.ts. Raises ValueError where it cannot be packed, or where its outputs on test images are others.
+    """
+    images = next(iter(job.test))[0]
+    example = images[: job.args.pack_batch]
+    packed = pack(job.model, example)
+    difference = export.compare(job.model, packed, images)
+    if not difference <= export.TOLERANCE:
+        raise ValueError(f'the outputs of the packed network differ by {difference:.1e} of the largest')
+    export.save(packed, job.folder / 'packed', example)
+    export.write_pt2(packed, example, job.folder / 'packed.pt2')
+    if job.args.torchscript:
+        export.write_torchscript(packed, example, job.folder / 'packed.ts')
+    parameters = [sum(p.numel() for p in model.parameters()) for model in (job.model, packed)]
+    record.say(
+        '\n'.join(packed.meta['layers'])
+        + f'\npacked: {parameters[1]:,} of {parameters[0]:,} parameters, outputs equal to {difference:.0e} of the largest'
+    )
