@@ -52,7 +52,7 @@ fi
 
 if [ "${1:-}" = tests ]; then
   shift
-  exec "$python" -m pytest "$@"
+  exec "$python" -m pytest -n auto --maxprocesses=8 "$@" # a test uses one core
 fi
 if [ "${1:-}" = verify ]; then
   shift
