@@ -5,6 +5,7 @@
     python bench.py step                     a training step of each method against the dense step
     python bench.py amp                      --amp, --channels-last and both against the plain step
     python bench.py criteria                 the masks of NNI's pruners for torchvision's ResNet-50, from construction to zeros
+    python bench.py pack                     networks packed by Dynamic Structure Pruning's masks against the dense ones
     ... --threads 2 --device cpu --repeats 60 --methods feather st3 --record
 
 On a CPU use a quiet machine and as many threads as it has cores; a second program on the same cores spoils every figure.
@@ -13,8 +14,10 @@ On a CPU use a quiet machine and as many threads as it has cores; a second progr
 import argparse
 import contextlib
 import statistics
+import textwrap
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +26,8 @@ import archs
 import methods
 from args import parse
 from compressor import ALGORITHMS, StatisticsPruner, algorithm
+from dsp_wrappers import PruneWrapper
+from packing import fold, pack
 from record import hardware
 from sparse_utils import global_threshold
 
@@ -157,7 +162,47 @@ def bench_criteria(device, repeats, names):
     show('masks of half of ResNet-50, 25.6 million parameters', times, 'l1')
 
 
-BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp, 'criteria': bench_criteria}
+def group_pruned(name, groups, round_to, image):
+    """An untrained network after group channel pruning of 62 % of the FLOPs of its block convolutions, as DSP's paper prunes.
+
+    Random groups, and channels whose sizes are spread about as in the published checkpoints: dropping nothing but the channels
+    that no group reads leaves about half of the FLOPs, as it does there. Returns (model, what the pruner reported).
+    """
+    torch.manual_seed(0)
+    model = archs.build(name, 10, 16) if image.shape[-1] == 32 else archs.build(name, 1000)
+    said = []
+    pruner = PruneWrapper(model.eval(), groups, 2, example_input=image, round_to=round_to, say=said.append)
+    for conv in pruner.convs.values():
+        conv.group.data = torch.randn_like(conv.group)
+        own = conv.group.argmax(0)
+        channels = 0.7 * torch.randn(conv.in_channels) + 0.5 * torch.randn(groups, conv.in_channels)[own]
+        conv.weight.data *= (channels + 0.3 * torch.randn(conv.out_channels, 1)).exp()[:, :, None, None]
+    pruner.initialize(0.62)
+    return model, said[-1].split(' of these')[0]
+
+
+def bench_pack(device, repeats, names):
+    cases = [(name, 32, batch, 1) for name in ('resnet20', 'resnet56') for batch in (1, 128)]
+    cases += [('resnet18', 224, batch, round_to) for round_to in (1, 16) for batch in (1, 16)]
+    for name, size, batch, round_to in cases:
+        for groups in (2, 4):
+            model, said = group_pruned(name, groups, round_to, torch.zeros(1, 3, size, size))
+            model.to(device)
+            images = torch.randn(batch, 3, size, size, device=device)
+            networks = {'dense': fold(model, images, tune=False)}
+            networks |= {'dense, in its fastest layout': fold(model, images), 'packed': pack(model, images)}
+            with torch.no_grad():
+                functions = {kind: partial(network, images) for kind, network in networks.items()}
+                times = interleaved(functions, repeats if batch == 1 else max(repeats // 4, 5), device)
+            rounding = f', round_to={round_to}' if round_to > 1 else ''
+            show(f'{name}, {size}x{size}, batch {batch}, g = {groups}{rounding}: {said}', times, 'dense', speedup=True)
+            sizes = [sum(p.numel() for p in network.parameters()) for network in networks.values()]
+            say(f'  parameters: {sizes[-1]:,} of {sizes[0]:,}')
+            lines = networks['packed'].meta['layers']
+            say(textwrap.fill('; '.join(lines), 126, initial_indent='  ', subsequent_indent='  '))
+
+
+BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp, 'criteria': bench_criteria, 'pack': bench_pack}
 
 
 def main():

@@ -756,10 +756,9 @@ def _alone(network, i, layout, way, summands):
 
 
 def measure(functions, device, seconds=0.2, most=50):
-    """The shortest time of each function: called in turn, so that a disturbance hits all alike, for about `seconds` in all,
-    `most` times at most.
+    """The shortest time of each function, called in turn so that a disturbance hits all alike.
 
-    Those that are far behind after three rounds are not called again.
+    For about `seconds` in all, at least 4 and at most `most` times; those far behind after three are not called again.
     """
     best, start, rounds = [math.inf] * len(functions), time.perf_counter(), 0
     with torch.no_grad():

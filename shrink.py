@@ -44,7 +44,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-SECONDS = 0.5  # to measure the latency of one batch size
+SECONDS, THREADS = 0.5, 2  # to measure the latency of one batch size, on a CPU
 
 # Element by element: what they make of a constant is computed by calling them on it.
 POINTWISE = (
@@ -100,6 +100,7 @@ def shrink(model, example_input, round_to=1, return_kept=False):
         raise ValueError(f'round_to must be 1 or more, got {round_to}')
     small = copy.deepcopy(model)
     small.zero_grad()
+    release(small)
     channels = Channels(small, example_input)
     left = channels.keep(round_to)
     kept = channels.cut(left)
@@ -111,6 +112,17 @@ def shrink(model, example_input, round_to=1, return_kept=False):
     if not difference <= export.TOLERANCE:
         raise ValueError(f'the smaller network would differ by {difference:.1e} of the largest output, so it is not made')
     return (small, kept) if return_kept else small
+
+
+def release(model):
+    """Apply the masks of a pruner of compressor.py that still holds the model, and remove its hooks, which are for these shapes."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                pruner = getattr(getattr(hook, 'func', hook), '__self__', None)  # func: of a partial
+                if hasattr(pruner, 'unhook'):
+                    pruner.apply()
+                    del hooks[key]
 
 
 def dependency_groups(model, example_input, depthwise=False):
@@ -657,16 +669,16 @@ def _home(groups, new, name):
 
 
 @torch.no_grad()
-def measure_latency(model, example_input, batches=(1, 32), threads=2, dense=None, seconds=None):
+def measure_latency(model, example_input, batches=(1, 32), threads=None, dense=None, seconds=None):
     """Median milliseconds of a forward pass in eval mode: {'ms_1': ..., 'ms_32': ...}, one for each batch size.
 
-    example_input: a batch whose first example is repeated. threads: of the CPU, set back afterwards. dense: another network,
+    example_input: a batch whose first example is repeated. threads: of the CPU (default: THREADS), set back afterwards. dense: another network,
     measured in turn with the first so that a disturbance hits both alike; adds 'dense_ms_1', ... seconds: how long to measure
     each batch size (default: SECONDS), but at least 5 and at most 100 passes after 3 that warm up.
     """
     networks = {'ms': model} | ({} if dense is None else {'dense_ms': dense})
     before, results = torch.get_num_threads(), {}
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or THREADS)
     try:
         for batch in batches:
             images = example_input[:1].expand(batch, *example_input.shape[1:]).contiguous()
@@ -695,7 +707,7 @@ def _times(networks, images, seconds):
     return times
 
 
-def gains(model, small, example_input, threads=2, **options):
+def gains(model, small, example_input, threads=None, **options):
     """What shrinking gave, for a result line: parameters, MACs and milliseconds of `small`, and those of `model` as dense_*."""
     result = {}
     for prefix, network in (('small_', small), ('dense_', model)):

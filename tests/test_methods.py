@@ -36,10 +36,10 @@ QUICK = {
 TURN, SEARCH = ['--admm-iterations=1', '--admm-epochs=1'], ['--val-size=64', '--finetune-epochs=1']
 ANNEAL = ['--cool-down-rate=0.2', '--search-steps=2']
 QUICK |= {
-    'netadapt': [*SEARCH, '--layers', 'stage3.[01].conv1', '--sparsity-per-iteration=0.3', '--short-term-steps=1'],
+    'netadapt': [*SEARCH, '--layers', 'stage3.0.conv1', '--sparsity-per-iteration=0.3', '--short-term-steps=1'],
     'simulated_annealing': [*SEARCH, *ANNEAL],
     'admm': ['--finetune-epochs=1', '--admm-iterations=2', '--admm-epochs=1'],
-    'autocompress': [*SEARCH, *ANNEAL, *TURN, '--num-iterations=2'],
+    'autocompress': [*SEARCH, *ANNEAL, *TURN, '--num-iterations=1'],
 }
 ONE_SHOT = ['level', 'slim', 'fpgm', 'l1_filter', 'l2_filter', 'apoz', 'mean_activation', 'taylor_fo', 'agp', 'random_filter']
 QUICK |= {name: ['--finetune-epochs=1'] for name in ONE_SHOT}

@@ -731,3 +731,23 @@ def test_folders_that_cannot_be_shrunk(run, tmp_path):
     with pytest.raises(ValueError, match='is no resnet20'):
         shrink_run(tmp_path)
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ['args.json', 'model.pt']
+
+
+@pytest.mark.parametrize('trained', [False, True])
+def test_a_network_that_a_pruner_still_holds(trained):
+    from methods import L1FilterPruner
+
+    torch.manual_seed(0)
+    model = archs.build('resnet20', 10, 4, in_channels=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    pruner = L1FilterPruner(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}], optimizer)
+    example = torch.randn(2, 1, 8, 8)
+    pruner.decide_together(dependency_groups(model, example))
+    pruner.compress()
+    if trained:
+        model(example).sum().backward()
+        optimizer.step()
+    small = shrink(model.eval(), example)
+    assert not small._forward_pre_hooks and model._forward_pre_hooks
+    assert sum(p.numel() for p in small.parameters()) < 0.5 * sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(small(example), model(example), rtol=1e-4, atol=1e-5)

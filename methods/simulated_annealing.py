@@ -1,0 +1,560 @@
+"""Simulated annealing over the split of one overall sparsity among the layers, NNI's SimulatedAnnealingPruner (Liu et al.,
+"AutoCompress: An Automatic DNN Structured Pruning Framework for Ultra-High Compression Rates", AAAI 2020, arXiv 1907.03141,
+its heuristic search, Algorithm 1).
+
+The target `sparsity` is the share of the weights of the layers that config_list names, all together. A candidate gives each
+layer a share; the one-shot criterion `base_algo` masks the model accordingly, the evaluator scores it, and it is accepted if it
+is better, or else with probability exp(-100 d / T), d the loss of score as a share of the spread of all scores seen so far: with
+accuracies in percent that range from 0 to 100 this is NNI's exp(-dE / T), with any other scale of scores it works the same.
+T = start_temperature, times cool_down_rate until stop_temperature is reached; at each T search_steps candidates are tried.
+
+Layers of more weights never get a smaller share than layers of fewer (the paper's guide of the search, as NNI does it); layers
+of equal size are free. A candidate is a random or perturbed list of shares, arranged so and shifted, with shares kept in [0, 1),
+by the least constant with which the pruned filters hold at least the target: it is met, and exceeded by less than one filter, at
+any target that leaves each layer a filter. Nothing is drawn again, so the search ends after a number of steps that is known
+before. A perturbation is uniform in +-perturbation_magnitude T / start_temperature.
+
+Deviations from NNI: the first candidate is the uniform split, so that what is found is never worse; search_steps candidates a
+temperature, where NNI waited until one was accepted; the best candidate of all is what is exported; equal counts of filters are
+evaluated once. A score that is not a number counts as the worst.
+
+experiment_data_dir holds search_history.csv, a line for each candidate evaluated, and search_result.json. Started again with the
+same model and arguments, the search takes over the scores of search_history.csv and ends as if it had not been interrupted: it
+draws from a generator of its own, seeded with `seed`. The first candidate is evaluated anew; if its score is another one, the
+evaluator has changed, and so the file is not used.
+
+On the command line a candidate's batch norm statistics are taken anew from --recalibrate training batches before it is scored, as
+after strong pruning accuracy says little without (Li et al., "EagleEye", ECCV 2020, arXiv 2007.02491), layers that end in one
+residual stream get one share and lose the same filters, and no layer loses more than --max-sparsity.
+
+Search holds what NetAdapt (netadapt.py) and AutoCompress (autocompress.py) share with it.
+"""
+
+import contextlib
+import csv
+import hashlib
+import itertools
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import distributed
+import record
+from args import count, fraction, nonnegative, positive
+from compressor import ALGORITHMS, DEFAULT_TYPES, StatisticsPruner, algorithm, least, num_pruned, ranks
+from methods.level import OneShot, add_dependency_flag
+from shrink import agree, dependency_groups
+
+CAP = 1 - 1e-9  # shares stay below 1; each layer keeps a filter in any case
+FOREVER = 2**62
+
+
+# ---------------------------------------------------------------------------------------------- what the searches share
+
+
+def base_pruner(name, model, config_list):
+    """The one-shot pruner of a base_algo, which ranks within each layer. Raises ValueError as its class does."""
+    kind = algorithm(name)
+    options = {'global_sort': False} if name == 'slim' else {}
+    if issubclass(kind, StatisticsPruner):
+        options['statistics_batch_num'] = FOREVER  # it watches until it is told to stop
+    return kind(model, config_list, **options)
+
+
+def importance(base, statistics=None, groups=()):
+    """{layer: scores} by the criterion of a pruner, which agree within each group of layers.
+
+    statistics: a function of the model that runs training batches forward and backward, for the criteria that watch them. Raises
+    ValueError where one is needed and there is none.
+    """
+    if isinstance(base, StatisticsPruner):
+        if statistics is None:
+            raise ValueError(f'{type(base).__name__} judges by training batches: give statistics, a function of the model')
+        with trial(base.model):
+            base.watch()
+            statistics(base.model)
+            base.unwatch()
+    scores = base.importance()
+    if scores is None:
+        raise ValueError('statistics has sent no batch through the model in training mode')
+    if isinstance(base, StatisticsPruner):  # each process has seen images of its own
+        distributed.average(list(scores.values()))
+    return agree(scores, groups)
+
+
+@contextlib.contextmanager
+def trial(model):
+    """Whatever happens to the model inside is taken back: parameters, buffers and modes."""
+    state, modes = snapshot(model), [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        model.load_state_dict(state)
+        for module, training in modes:
+            module.training = training
+
+
+def snapshot(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def fingerprint(model, *settings):
+    """A short name for a search: hash of the model's tensors and of the settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def keep_counts(scores, counts, previous=None):
+    """{layer: scores}, {layer: number} -> {layer: bool tensor}, False for that number of least scores (see keep_by_layer)."""
+    return {name: ~least(score, counts[name]) for name, score in ranks(scores, previous).items()}
+
+
+def own_weights(base):
+    """A function of counts: weights that the layers of a pruner keep when counts[layer] of their filters or weights go."""
+    sizes = {name: (score_count(base, name), layer.weight.numel()) for name, layer in base.layers.items()}
+    return lambda counts: sum(size // n * (n - counts[name]) for name, (n, size) in sizes.items())
+
+
+def score_count(base, name):
+    """How many filters, or weights, of a layer there are to choose from."""
+    weight = base.layers[name].weight
+    return len(weight) if base.FILTERS else weight.numel()
+
+
+class Search:
+    """What the searches share: `base`, a one-shot pruner that makes the masks, whose methods and attributes they have too.
+
+    units: lists of layers that are decided together. After search(), result is {performance, sparsity, met, config_list}.
+    """
+
+    def __init__(self, model, config_list, evaluator, optimize_mode, base_algo, experiment_data_dir, groups, statistics):
+        if not callable(evaluator):
+            raise ValueError(f'evaluator must be a function of the model that returns a number, got {evaluator!r}')
+        if optimize_mode not in ('maximize', 'minimize'):
+            raise ValueError(f"optimize_mode must be 'maximize' or 'minimize', got {optimize_mode!r}")
+        self.base = base_pruner(base_algo, model, config_list)
+        targets = sorted(set(self.base.sparsity.values()))
+        if len(targets) > 1:
+            raise ValueError(f'sparsity is the overall target, so all entries of config_list need the same, not {targets}')
+        if isinstance(self.base, StatisticsPruner) and statistics is None:
+            raise ValueError(f'base_algo {base_algo!r} judges by training batches: give statistics, a function of the model')
+        self.target, self.evaluator, self.statistics = targets[0], evaluator, statistics
+        self.sign = 1 if optimize_mode == 'maximize' else -1
+        self.folder, self.result = Path(experiment_data_dir), None
+        self.set_groups(groups)
+
+    def __getattr__(self, name):
+        if name == 'base':  # not there yet, or in a copy
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def set_groups(self, groups):
+        self.base.decide_together(groups if self.base.FILTERS else [])
+        self.groups = self.base.groups
+        home = {name: tuple(group) for group in self.groups for name in group}
+        units = {}
+        for name in self.base.layers:
+            units.setdefault(home.get(name, (name,)), []).append(name)
+        self.units = list(units.values())
+
+    def compress(self, return_config_list=False):
+        """Search, mask the model in place with what was found, let the masks hold; returns the model, or its config list."""
+        self.search()
+        self.base.hook()
+        self.base.apply()
+        return json.loads(self.result['config_list']) if return_config_list else self.base.model
+
+    def search(self):
+        raise NotImplementedError
+
+    def export_model(self, *paths, **options):
+        """As Compressor.export_model. Raises ValueError when there was no search yet."""
+        if self.result is None:
+            raise ValueError('call compress() before export_model()')
+        self.base.export_model(*paths, **options)
+
+    def score(self):
+        """What the evaluator says of the model as it is, the mean over all processes. Raises ValueError for no number."""
+        value = self.evaluator(self.base.model)
+        try:
+            value = torch.tensor(float(value), dtype=torch.float64, device=next(self.base.model.parameters()).device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f'evaluator must return a number, got {value!r}') from None
+        distributed.average([value])
+        return value.item()
+
+    def utility(self, score):
+        """Larger is better; what is not a finite number is the worst."""
+        return self.sign * score if math.isfinite(score) else -math.inf
+
+    def shares(self, counts):
+        """{layer: number of filters} -> {layer: share}"""
+        return {name: count / score_count(self.base, name) for name, count in counts.items()}
+
+    def as_config_list(self, shares):
+        """{layer: share} -> a config list with which the class of base_algo makes the same masks."""
+        kinds = {name: type(layer).__name__ for name, layer in self.base.layers.items()}
+        return [{'sparsity': share, 'op_types': [kinds[name]], 'op_names': [name]} for name, share in shares.items()]
+
+    def open_folder(self):
+        if distributed.rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        distributed.wait()
+
+    def finish(self, shares, keep, **figures):
+        """Take over the masks of what was found, and write search_result.json."""
+        self.base.sparsity = dict(shares)
+        self.base.set_masks(keep)
+        self.base.pending = False
+        self.result = figures | {'config_list': json.dumps(self.as_config_list(shares))}
+        record.write_json(self.result, self.folder / 'search_result.json')
+
+
+# ------------------------------------------------------------------------------------------------------------- annealing
+
+
+def temperatures(start, stop, rate):
+    """start, start rate, start rate^2, ... as long as it is above stop."""
+    found = []
+    while start > stop:
+        found.append(start)
+        start *= rate
+    return found
+
+
+def arrange(values, sizes):
+    """The same values, the larger ones for the larger sizes; among equal sizes their order stays."""
+    order = sorted(range(len(values)), key=lambda i: (sizes[i], values[i]))
+    arranged = dict(zip(order, sorted(values), strict=True))
+    return [arranged[i] for i in range(len(values))]
+
+
+def meet(values, left, budget, cap=CAP):
+    """Shift all values by the least constant, and into [0, cap], so that left(shares) <= budget; or else all are cap."""
+
+    def shifted(by):
+        return [round(min(max(value + by, 0.0), cap), 9) for value in values]
+
+    low, high = -max(values), cap - min(values)
+    if left(shifted(low)) <= budget:
+        return shifted(low)
+    for _ in range(26):
+        middle = (low + high) / 2
+        low, high = (low, middle) if left(shifted(middle)) <= budget else (middle, high)
+    return shifted(high)
+
+
+def is_accepted(value, current, seen, temperature, draw):
+    """Metropolis' rule for utilities, relative to the spread of those seen; draw: uniform in [0, 1)."""
+    if value >= current:
+        return True
+    if value == -math.inf:
+        return False
+    finite = [one for one in seen if math.isfinite(one)]
+    spread = max(finite) - min(finite)
+    return draw < math.exp(-100 * ((current - value) / spread) / temperature)
+
+
+class History:
+    """search_history.csv: a line for each candidate that was evaluated. `known` is what stands there of the same search."""
+
+    COLUMNS = ('sparsity', 'performance', 'config_list', 'temperature', 'search')
+
+    def __init__(self, path, name):
+        self.path, self.name = path, name
+        self.known = distributed.same(self.read())
+
+    def read(self):
+        """Whole lines of this search, [] where there is no such file."""
+        rows = []
+        with contextlib.suppress(OSError, ValueError, csv.Error, TypeError, KeyError), open(self.path, newline='') as file:
+            for row in csv.DictReader(file):
+                if row['search'] == self.name:
+                    shares = {entry['op_names'][0]: entry['sparsity'] for entry in json.loads(row['config_list'])}
+                    rows.append(row | {'performance': float(row['performance']), 'shares': shares})
+        return rows
+
+    def rewrite(self, rows):
+        """Begin the file with these rows alone: what was cut short, or is of another search, goes."""
+        if distributed.rank() == 0:
+            with open(self.path, 'w', newline='') as file:
+                writer = csv.writer(file)
+                writer.writerow(self.COLUMNS)
+                writer.writerows([row[column] for column in self.COLUMNS] for row in rows)
+
+    def add(self, *values):
+        if distributed.rank() == 0:
+            with open(self.path, 'a', newline='') as file:
+                csv.writer(file).writerow([*values, self.name])
+
+
+class SimulatedAnnealingPruner(Search):
+    """SimulatedAnnealingPruner(model, config_list, evaluator, optimize_mode='maximize', base_algo='l1', ...).
+
+    Config keys sparsity (one for all entries: the share of the weights of all layers named), op_types, op_names, exclude.
+    evaluator: function of the masked model -> a number. base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation; the
+    last three need statistics, a function of the model that runs training batches. search_steps: candidates a temperature.
+    max_sparsity: no layer gets a larger share; by itself the search may leave one filter of a layer, if the evaluator likes it.
+    groups: lists of layers whose filters can only be removed together (shrink.dependency_groups): they get one share and lose
+    the same filters. left: function of {layer: number of pruned filters} -> what is left of that which the target is a share
+    of; None for the weights of the layers. The model is masked in place for each candidate, and restored.
+    """
+
+    def __init__(
+        self,
+        model,
+        config_list,
+        evaluator,
+        optimize_mode='maximize',
+        base_algo='l1',
+        start_temperature=100,
+        stop_temperature=20,
+        cool_down_rate=0.9,
+        perturbation_magnitude=0.35,
+        experiment_data_dir='./',
+        *,
+        search_steps=10,
+        max_sparsity=CAP,
+        seed=0,
+        groups=(),
+        statistics=None,
+        left=None,
+    ):
+        super().__init__(model, config_list, evaluator, optimize_mode, base_algo, experiment_data_dir, groups, statistics)
+        if not 0 < stop_temperature < start_temperature < math.inf:
+            raise ValueError(f'temperatures must fall to above 0, not from {start_temperature} to {stop_temperature}')
+        if not 0 < cool_down_rate < 1:
+            raise ValueError(f'cool_down_rate must lie between 0 and 1, got {cool_down_rate}')
+        if not 0 < perturbation_magnitude < math.inf or search_steps < 1:
+            raise ValueError('perturbation_magnitude must be above 0, and search_steps at least 1')
+        if not self.target <= max_sparsity <= 1:
+            raise ValueError(f'max_sparsity must lie between the target {self.target} and 1, got {max_sparsity}')
+        self.temperatures = temperatures(start_temperature, stop_temperature, cool_down_rate)
+        self.magnitudes = [perturbation_magnitude * t / start_temperature for t in self.temperatures]
+        self.search_steps, self.seed, self.cap = search_steps, seed, min(max_sparsity, CAP)
+        self.left = left or own_weights(self.base)
+        self.settings = (type(self.base).__name__, optimize_mode, self.target, self.base.entries, self.units)
+        self.settings += (self.temperatures, self.magnitudes, search_steps, seed, self.cap)
+
+    # A candidate is a list of shares, one for each unit.
+
+    def by_layer(self, values):
+        shares = {name: share for unit, share in zip(self.units, values, strict=True) for name in unit}
+        return {name: shares[name] for name in self.base.layers}
+
+    def counts(self, shares):
+        """{layer: share} -> {layer: number}, as the class of base_algo prunes."""
+        sizes = {name: score_count(self.base, name) for name in shares}
+        return {name: min(num_pruned(sizes[name], share), sizes[name] - 1) for name, share in shares.items()}
+
+    def sparsity_of(self, counts):
+        """What part of the weights is gone."""
+        return 1 - self.left(counts) / self.whole
+
+    def candidate(self, values):
+        """Any numbers, one a unit -> shares that meet the budget, ordered as the sizes."""
+        sizes = [max(self.base.layers[name].weight.numel() for name in unit) for unit in self.units]
+        budget = self.whole * (1 - self.target + 1e-9)
+        return meet(arrange(values, sizes), lambda shares: self.left(self.counts(self.by_layer(shares))), budget, self.cap)
+
+    def search(self):
+        """Anneal: the best candidate's masks are then those of `base`, but not yet applied."""
+        self.open_folder()
+        self.importances = importance(self.base, self.statistics, self.groups)
+        self.whole = self.left(dict.fromkeys(self.base.layers, 0))
+        self.history = History(self.folder / 'search_history.csv', fingerprint(self.base.model, self.settings))
+        self.seen = {}  # counts -> score
+        number = len(self.units)
+        best = current = self.candidate([self.target] * number)
+        self.begin(current)
+        if self.sparsity_of(self.counts(self.by_layer(current))) < self.target - 1e-9:
+            reached = self.sparsity_of(self.counts(self.by_layer(current)))
+            record.say(f'the target of {self.target} cannot be met: with all that each layer can give {reached:.4f} is pruned')
+        generator = torch.Generator().manual_seed(self.seed)
+        rounds = [pair for pair in zip(self.temperatures, self.magnitudes, strict=True) for _ in range(self.search_steps)]
+        value = top = self.value(current, rounds[0][0])
+        bar = tqdm(rounds, 'annealing', leave=False, disable=True if distributed.rank() else None)
+        for step, (temperature, magnitude) in enumerate(bar):
+            *moves, draw = torch.rand(number + 1, generator=generator, dtype=torch.float64).tolist()
+            if step:
+                moves = [share + magnitude * (2 * move - 1) for share, move in zip(current, moves, strict=True)]
+            proposal = self.candidate(moves)
+            found = self.value(proposal, temperature)
+            if is_accepted(found, value, [self.utility(score) for score in self.seen.values()], temperature, draw):
+                current, value = proposal, found
+            if found > top:
+                best, top = proposal, found
+                bar.set_postfix(best=self.sign * top)
+        self.take(best)
+
+    def begin(self, first):
+        """Take over the scores of the same search, if the evaluator still says the same of its first candidate."""
+        known, performance = self.history.known, self.evaluate(self.counts(self.by_layer(first)))
+        same = known and math.isclose(known[0]['performance'], performance, rel_tol=1e-4, abs_tol=1e-12)
+        self.history.rewrite(known if same else [])
+        for row in known if same else []:
+            self.seen[self.key(self.counts(row['shares']))] = row['performance']
+        if not same:
+            self.note(first, performance, self.temperatures[0])
+
+    def key(self, counts):
+        return tuple(counts[name] for name in self.base.layers)
+
+    def note(self, values, performance, temperature):
+        shares = self.by_layer(values)
+        counts = self.counts(shares)
+        self.seen[self.key(counts)] = performance
+        self.history.add(self.sparsity_of(counts), performance, json.dumps(self.as_config_list(shares)), temperature)
+
+    def value(self, values, temperature):
+        """The utility of a candidate, evaluated if there was none of the same counts before."""
+        counts = self.counts(self.by_layer(values))
+        if self.key(counts) not in self.seen:
+            self.note(values, self.evaluate(counts), temperature)
+        return self.utility(self.seen[self.key(counts)])
+
+    def evaluate(self, counts):
+        with trial(self.base.model):
+            self.base.set_masks(keep_counts(self.importances, counts))
+            self.base.apply()
+            return self.score()
+
+    def take(self, values):
+        shares = self.by_layer(values)
+        counts = self.counts(shares)
+        figures = {'performance': self.seen[self.key(counts)], 'sparsity': self.sparsity_of(counts)}
+        self.finish(shares, keep_counts(self.importances, counts), **figures, met=figures['sparsity'] >= self.target - 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------ the command line
+
+
+def add_annealing_flags(add):
+    shown = ' (default: %(default)s)'
+    add('--start-temperature', type=nonnegative, default=100.0, metavar='T', help='of the annealing' + shown)
+    add('--stop-temperature', type=nonnegative, default=20.0, metavar='T', help='it ends there' + shown)
+    add('--cool-down-rate', type=fraction, default=0.9, metavar='RATE', help='factor from one temperature to the next' + shown)
+    add('--perturbation-magnitude', type=nonnegative, default=0.35, metavar='M', help='of shares, at the start' + shown)
+    add('--search-steps', type=positive, default=10, metavar='N', help='candidates at each temperature' + shown)
+    add('--max-sparsity', type=fraction, metavar='SHARE', help='of any layer (default: it keeps a quarter of 1 - the target)')
+    help = 'training batches from which a candidate has its batch norm statistics anew, before it is scored' + shown
+    add('--recalibrate', type=count, default=10, metavar='N', help=help)
+
+
+def annealing_options(args):
+    names = ('start_temperature', 'stop_temperature', 'cool_down_rate', 'perturbation_magnitude', 'search_steps', 'seed')
+    return {name: vars(args)[name] for name in names}
+
+
+def largest_share(args, target):
+    return 1 - (1 - target) / 4 if args.max_sparsity is None else max(args.max_sparsity, target)
+
+
+class Searching(OneShot):
+    """Pretrain, search on the validation split, fine-tune with the masks that were found."""
+
+    DEFAULTS = OneShot.DEFAULTS | {'val_size': 5000}
+
+    def __init__(self, args):
+        super().__init__(args)
+        if not args.val_size:
+            raise ValueError(f'{args.method} scores its candidates on a validation split: give it images with --val-size')
+        kind = algorithm(args.base_algo)
+        self.TYPES, self.FILTERS, self.job = kind.TYPES or DEFAULT_TYPES, kind.FILTERS, None
+
+    @classmethod
+    def add_args(cls, parser):
+        super().add_args(parser)
+        add_dependency_flag(parser)
+        help = 'the criterion that chooses filters, or weights (default: %(default)s)'
+        parser.add_argument('--base-algo', choices=list(ALGORITHMS), default='l1', help=help)
+
+    def run(self, job):
+        self.job = job
+        super().run(job)
+
+    def evaluator(self, model):
+        """Accuracy in percent on the validation split."""
+        recalibrate(model, self.job.train, vars(self.args).get('recalibrate', 0))
+        return record.accuracy(model, self.job.val)
+
+    def groups(self, model):
+        """Layers that end in one residual stream: their filters go together, or none could be removed."""
+        if not self.args.dependency_aware:
+            return []
+        return dependency_groups(model, next(iter(self.job.test))[0][:1], depthwise=True)
+
+    def statistics(self, model):
+        """Training batches for the criteria that watch them."""
+        self.job.train.set_epoch(0)
+        train(model, self.job.train, STATISTICS_BATCHES)
+
+    def prune(self, job):
+        self.pruner.search()
+        self.pruner.apply()
+        found = self.pruner.result
+        record.say(f'found sparsity {100 * found["sparsity"]:.2f} %, validation accuracy {found["performance"]:.2f} %')
+        record.say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
+
+    def facts(self):
+        """What the search says of its target, and the score of what it found."""
+        found = None if self.pruner is None else self.pruner.result
+        return {} if found is None else {f'search_{key}': found[key] for key in ('sparsity', 'performance', 'met')}
+
+
+STATISTICS_BATCHES = 10
+
+
+@torch.no_grad()
+def recalibrate(model, batches, number):
+    """Set the statistics of batch norms to the means over the first `number` training batches, seen in eval mode otherwise."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta, _ = [norm.momentum for norm in norms], batches.set_epoch(0)
+    model.eval()
+    for norm in norms if number else ():
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean
+        norm.train()
+    for images, _ in itertools.islice(batches, number):
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        distributed.average([norm.running_mean, norm.running_var])
+    model.eval()
+
+
+def train(model, batches, steps, optimizer=None):
+    """`steps` training steps, as many epochs as that takes; without an optimizer, forward and backward passes only."""
+    model.train()
+    for _ in range(-(-steps // len(batches))):
+        for images, labels in batches:
+            if steps == 0:
+                break
+            steps -= 1
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            distributed.average([p.grad for p in model.parameters() if p.grad is not None])
+            if optimizer is not None:
+                optimizer.step()
+    model.zero_grad()
+    distributed.same_buffers(model)
+
+
+class Method(Searching):
+    @classmethod
+    def add_args(cls, parser):
+        super().add_args(parser)
+        add_annealing_flags(parser.add_argument)
+
+    def make_pruner(self, model):
+        options = annealing_options(self.args) | {'groups': self.groups(model), 'statistics': self.statistics}
+        options |= {'base_algo': self.args.base_algo, 'experiment_data_dir': self.job.folder}
+        options['max_sparsity'] = largest_share(self.args, self.args.ptarget)
+        return SimulatedAnnealingPruner(model, self.config_list(model), self.evaluator, **options)
