@@ -227,7 +227,7 @@ def describe(network, graph):
         operations.append(_describe_node(node))
     for name in [*layers, *shared]:
         _check_name(name)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # in its memory layout
     description = {'format': FORMAT, 'layers': list(layers.values()), 'tensors': list(shared.values())}
     return description | {'operations': operations}, tensors
 
