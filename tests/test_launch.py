@@ -152,7 +152,7 @@ def test_a_config_without_row_names_its_rows(config, capfd):
 def test_names_with_and_without_yaml_and_folders():
     assert launch.find('configs/quickstart') == launch.find('configs/quickstart.yaml') == [Path('configs/quickstart.yaml')]
     assert launch.find('quickstart')[0].name == 'quickstart.yaml'
-    assert [path.name for path in launch.find('configs/feather')] == ['cifar100.yaml']
+    assert [path.name for path in launch.find('configs/feather')] == ['cifar100.yaml', 'imagenet.yaml']
     assert tables.name_of('configs/feather/cifar100.yaml') == 'feather/cifar100'
 
 
