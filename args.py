@@ -219,7 +219,16 @@ def parse_command(command, argv):
     add(f'--{command}', required=True, metavar='RUN' if command == 'publish' else 'FILE')
     if command == 'publish':
         add('--to', metavar='FILE', help='where to (default: results/weights/<table>/<row>-s<seed>.pt, or RUN/published.pt)')
-    add('--dataset', choices=list(data.DATASETS), help='(default: the one the file was trained on)')
+    if command == 'evaluate':
+        add('--dataset', choices=list(data.DATASETS), help='(default: the one the file was trained on)')
+        add(
+            '--mean',
+            type=float,
+            nargs='+',
+            help="normalisation of a network that lies in no run folder (default: the dataset's)",
+        )
+        add('--std', type=float, nargs='+', help='the same')
+        add('--trust', action='store_true', help='read .pt2 and TorchScript files too, which can carry code that runs')
     place_flags(add)
     return parser.parse_args(argv, argparse.Namespace(command=command))
 

@@ -1,7 +1,7 @@
 """What is done with a finished run: its weights are published in a small file, and anybody can check what the file says.
 
 python main.py --publish RUN                       results/weights/<table>/<row>-s<seed>.pt, or RUN/published.pt outside a table
-python main.py --evaluate FILE --data-dir DIR      rebuild the network and count zeros and accuracy again
+python main.py --evaluate FILE --data-dir DIR      rebuild the network and count zeros and accuracy again; also for packed networks
 ./launch verify [--data-dir DIR]                   the same for every file below results/weights
 
 Such a file is a torch.save of five entries, read with weights_only=True, so nothing in it can run:
@@ -26,6 +26,7 @@ import torch
 import archs
 import args as arguments
 import data
+import export
 import record
 from results import table as tables
 from sparse_utils import count_zeros
@@ -180,17 +181,43 @@ def test_images(args, about, device):
 
 
 def evaluate(args, device):
-    """`--evaluate FILE`: print what the file says and what is counted. Returns whether they agree."""
-    _, about = read(args.evaluate)
+    """`--evaluate FILE`: print what a published file says and what is counted; of another network, its accuracy.
+
+    Returns whether the file is what it says. FILE is a published file, a network of export.save() (its .pt or .json), or a .pt2 or
+    TorchScript file with --trust. Raises RunError or ValueError for anything else.
+    """
+    path = Path(args.evaluate)
+    if not path.is_file():
+        raise record.RunError(f'--evaluate {path}: no such file')
+    if not export.file_kind(path).startswith('weights only'):
+        return evaluate_network(path, args, device)
+    _, about = read(path)
     dataset = about['args']['dataset']
     if args.dataset not in (None, dataset):
-        raise record.RunError(f'{args.evaluate} was trained on {dataset}, not on {args.dataset}')
-    about, claims = check(args.evaluate, test_images(args, about, device), device)
+        raise record.RunError(f'{path} was trained on {dataset}, not on {args.dataset}')
+    about, claims = check(path, test_images(args, about, device), device)
     made = f'{about["args"]["method"]} on {about["args"]["model"]}, {dataset}, seed {about["args"]["seed"]}'
     record.say(f'{made}; trained on {about["device"]}, torch {about["torch"]}, commit {about["commit"]}')
     for claim, (said, counted) in claims.items():
         record.say(f'{claim:<10} file {said}, counted {counted}' + ('' if said == counted else '   DIFFERENT'))
     return all(said == counted for said, counted in claims.values())
+
+
+def evaluate_network(path, args, device):
+    """A packed or shrunk network, on the data and normalisation of the run it lies in, or of --dataset, --mean and --std."""
+    network = export.read(path, args.trust).to(device)
+    run = record.read_json(path.parent / 'args.json')
+    if run is None and args.dataset is None:
+        raise record.RunError(f'{path} lies in no run folder: name the data with --dataset')
+    if run is None or args.dataset not in (None, run['dataset']):
+        run = vars(arguments.parse([f'--dataset={args.dataset}', '--method=dense']))
+    run |= {name: value for name, value in (('mean', args.mean), ('std', args.std)) if value is not None}
+    images = test_images(args, {'args': run | {'channels_last': False, 'val_size': 0, 'limit_train': None}}, device)
+    accuracy = record.accuracy(network, images)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    record.say(f'accuracy   {accuracy:.2f} % on the {images.num_images:,} test images of {run["dataset"]}')
+    record.say(f'parameters {parameters:,}')
+    return True
 
 
 def act(args, device):

@@ -182,7 +182,8 @@ def totals(counts):
 def accuracy(model, loader):
     """Accuracy in percent over a loader, in float32 and eval mode; the model's modes are afterwards as before."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:  # eval() is not there in a network read from a .pt2 file
+        module.training = False
     correct = 0
     with torch.no_grad():
         for images, labels in loader:

@@ -45,6 +45,7 @@ def default_fp_every(model):
 
 class Method(Base):
     IDLE = True  # the group logits
+    FILTERS = True
     DEFAULTS = {
         'model': 'resnet20',
         'dataset': 'cifar10',

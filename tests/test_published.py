@@ -154,7 +154,7 @@ def test_a_network_that_is_not_the_one_described(args, message, file):
 def test_bad_requests_get_one_sentence(tmp_path, file, capsys):
     for words, message in [
         ([f'--publish={tmp_path}/none'], 'no finished run there'),
-        ([f'--evaluate={tmp_path}/none.pt'], 'No such file'),
+        ([f'--evaluate={tmp_path}/none.pt'], 'no such file'),
         ([f'--evaluate={file}', '--dataset=cifar10'], 'was trained on digits'),
     ]:
         with pytest.raises(SystemExit) as stop:
@@ -163,6 +163,31 @@ def test_bad_requests_get_one_sentence(tmp_path, file, capsys):
     with pytest.raises(SystemExit):
         program.main(['--publish=x', *TINY])
     assert 'unrecognized arguments' in capsys.readouterr().err
+
+
+def test_packed_and_shrunk_networks_are_evaluated(tmp_path, capsys):
+    out = tmp_path / 'r'
+    words = ['--method=dsp', '--prune=0.5', '--group-epochs=1', '--finetune-epochs=1', '--cycles=1', '--val-size=0', '--pack']
+    result, _ = run_main(out, *words, '--torchscript')
+    program.main([f'--shrink={out}', '--pt2'])
+    capsys.readouterr()
+    for name, words in [
+        ('packed.pt', []),
+        ('packed.json', []),
+        ('small.pt', []),
+        ('packed.pt2', ['--trust']),
+        ('packed.ts', ['--trust']),
+    ]:
+        program.main([f'--evaluate={out}/{name}', '--no-cuda', *words])
+        assert f'accuracy   {result["accuracy"]:.2f} %' in capsys.readouterr().out
+    for name in ('packed.pt2', 'packed.ts'):
+        with pytest.raises(SystemExit, match='can carry code'):
+            program.main([f'--evaluate={out}/{name}', '--no-cuda'])
+    (out / 'packed.ts').rename(tmp_path / 'alone.ts')
+    with pytest.raises(SystemExit, match='name the data with --dataset'):
+        program.main([f'--evaluate={tmp_path}/alone.ts', '--no-cuda', '--trust'])
+    program.main([f'--evaluate={tmp_path}/alone.ts', '--no-cuda', '--trust', '--dataset=digits'])
+    assert f'accuracy   {result["accuracy"]:.2f} %' in capsys.readouterr().out
 
 
 def test_every_published_file_of_the_repository_has_its_zeros():
