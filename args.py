@@ -273,9 +273,11 @@ def load_table(path):
         raise ValueError(f'{path} is no valid YAML: {" ".join(str(error).split())}') from None
     if not isinstance(table, dict) or not isinstance(table.get('rows'), list) or not table['rows']:
         raise ValueError(f'{path}: a table needs `rows`, a list of rows with an `id` each')
-    if unknown := set(table) - {'title', 'defaults', 'seeds', 'rows'}:
-        raise ValueError(f'{path}: unknown key {sorted(map(str, unknown))[0]!r}; a table has title, defaults, seeds and rows')
-    table = {'title': Path(path).stem, 'defaults': {}, 'seeds': [0]} | table
+    if unknown := set(table) - {'title', 'times', 'defaults', 'seeds', 'rows'}:
+        raise ValueError(
+            f'{path}: unknown key {sorted(map(str, unknown))[0]!r}; a table has title, times, defaults, seeds and rows'
+        )
+    table = {'title': Path(path).stem, 'times': False, 'defaults': {}, 'seeds': [0]} | table
     if not isinstance(table['defaults'], dict):
         raise ValueError(f'{path}: `defaults` is a mapping of flags')
     ids = [row.get('id') if isinstance(row, dict) else None for row in table['rows']]

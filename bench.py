@@ -98,7 +98,9 @@ def trainer(device, size, batch, words=(), method='dense', target=0.9):
     labels = torch.randint(0, 100, (batch,), device=device)
     autocast = torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
     criterion, example = torch.nn.CrossEntropyLoss(), images[:1]
-    method.attach(Namespace(model=model, optimizer=optimizer, criterion=criterion, autocast=autocast, example=example))
+    method.attach(
+        Namespace(model=model, forward=model, optimizer=optimizer, criterion=criterion, autocast=autocast, example=example)
+    )
     count = 0
 
     def step():
@@ -211,19 +213,23 @@ def main():
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--device', type=torch.device, default=torch.device('cpu'))
     parser.add_argument('--repeats', type=int, default=60)
-    parser.add_argument('--record', action='store_true', help='write what is printed to results/bench.md')
+    parser.add_argument('--record', action='store_true', help='write what is printed to results/bench/<which>.md')
     sparse = ['feather', 'asl', 'st3', 'gmp', 'lrr', 'probmask']  # those that change the training step
     parser.add_argument('--methods', nargs='+', choices=methods.names(), default=sparse, help='for step')
     options = parser.parse_args()
     if unknown := set(options.which) - set(BENCHES):
         parser.error(f'there is no bench {sorted(unknown)[0]!r}; there are {", ".join(BENCHES)}')
     torch.set_num_threads(options.threads)
-    say(f'{hardware(options.device)}, torch {torch.__version__}')
     for name in options.which or BENCHES:
+        LINES.clear()
+        say(f'{hardware(options.device)}, torch {torch.__version__}')
         BENCHES[name](options.device, options.repeats, options.methods)
-    if options.record:
-        page = Path(__file__).parent / 'results' / 'bench.md'
-        page.write_text('# Speed\n\nMade by `python bench.py --record`.\n\n```\n' + '\n'.join(LINES) + '\n```\n')
+        if options.record:
+            page = Path(__file__).parent / 'results' / 'bench' / f'{name}.md'
+            page.parent.mkdir(exist_ok=True)
+            page.write_text(
+                f'# Speed: {name}\n\nMade by `python bench.py {name} --record`.\n\n```\n' + '\n'.join(LINES) + '\n```\n'
+            )
 
 
 if __name__ == '__main__':

@@ -4,7 +4,8 @@
     python results/table.py --check    fail if one of them is not what the runs say
 
 A row shows the mean and the sample standard deviation over its seeds. Accuracy is that of the last epoch on the test set,
-zeros and MACs are counted on the saved network. README.md repeats some of these pages, between the comments
+zeros and MACs are counted on the saved network, and where whole filters went also on the network without them; milliseconds,
+with `times: true` in the table, are those of that network on two threads, and of the dense one in the same run. README.md repeats some of these pages, between the comments
 <!-- results/NAME.md --> and <!-- end -->; both commands see to those too.
 """
 
@@ -20,6 +21,8 @@ sys.path.insert(0, str(HERE.parent))
 import args as arguments  # noqa: E402
 import record  # noqa: E402
 
+SHRUNK = ['parameters shrunk', 'MMACs shrunk']
+TIMES = ['ms shrunk (dense), 1 image', '32 images']
 CONFIGS, RUNS, README = HERE.parent / 'configs', HERE / 'runs.jsonl', HERE.parent / 'README.md'
 
 
@@ -74,12 +77,16 @@ def render(path, results):
     """A Markdown table of the rows of a YAML table; rows without a result stay visible."""
     table = arguments.load_table(path)
     head = ['row', 'paper', 'accuracy %', 'seeds', 'zeros', 'of weights', 'sparsity %', 'MMACs non-zero', 'of dense', 'minutes']
+    shrinks = any('small_macs' in result for result in results.values())
+    head += [*SHRUNK, *(TIMES if table['times'] else [])] if shrinks else []
     lines, origins = [], []
     for row in table['rows']:
         mine = {seed: result for (name, seed), result in results.items() if name == row['id']}
         runs = [result for result in mine.values() if result['status'] == 'finished']
         failures = [result['reason'] for result in mine.values() if result['status'] != 'finished']
-        cells = figures(runs) if runs else ['failed' if failures else 'not run'] + [''] * 7
+        cells = figures(runs) if runs else ['failed' if failures else 'not run']
+        cells += shrunk(runs) if runs and shrinks else []
+        cells += [''] * len(head)
         if runs:
             cells.insert(1, ' '.join(str(seed) for seed, result in sorted(mine.items()) if result['status'] == 'finished'))
             cells[0] += f' ({len(failures)} failed)' if failures else ''
@@ -112,6 +119,17 @@ def figures(runs):
         f'{dense / 1e6:.3f}',
         f'{mean(run["seconds"] for run in runs) / 60:.1f}',
     ]
+
+
+def shrunk(runs):
+    """What is left once the zeros of whole filters are removed: parameters, million MACs, milliseconds with dense in brackets."""
+    if not all('small_macs' in run for run in runs):
+        return [f'{mean(run["parameters"] for run in runs):,.0f}', ''] if runs[0]['gives'] == 'the dense network' else ['', '']
+    cells = [f'{mean(run["small_parameters"] for run in runs):,.0f}', f'{mean(run["small_macs"] for run in runs) / 1e6:.3f}']
+    for batch in (1, 32):
+        small, dense = (mean(run[f'{which}_ms_{batch}'] for run in runs) for which in ('small', 'dense'))
+        cells.append(f'{small:.2f} ({dense:.2f})')
+    return cells
 
 
 def mean(values):

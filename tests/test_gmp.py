@@ -27,7 +27,7 @@ def make(model, steps, *words, optimizer=None):
     method = Method(parse([*TINY, '--method=gmp', *words]))
     method.prepare(model, steps)
     optimizer = optimizer(method.param_groups(model)) if optimizer else None
-    method.attach(Namespace(model=model, optimizer=optimizer))
+    method.attach(Namespace(model=model, forward=model, optimizer=optimizer))
     return method, optimizer
 
 

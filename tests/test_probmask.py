@@ -33,7 +33,9 @@ def make(*words, model=None):
 def join(method, model, **settings):
     settings = {'lr': 0.05, 'momentum': 0.9, 'nesterov': True} | settings
     optimizer = torch.optim.SGD(method.param_groups(model), **settings)
-    fit = Namespace(model=model, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), autocast=contextlib.nullcontext())
+    fit = Namespace(
+        model=model, forward=model, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), autocast=contextlib.nullcontext()
+    )
     method.attach(fit)
     return fit
 
