@@ -5,6 +5,7 @@
 <table>         accuracy against sparsity and against MACs: mean and sample standard deviation over seeds, a line for each method,
                 hollow marks for the figures the papers give, a dashed line for the dense network; on the axis of sparsity the
                 methods stand a little beside one another, or their marks would cover each other
+<table>-filters the same for methods that prune whole filters, with the MACs that are left once these are removed
 <table>-layers  share of zeros in each layer, counted in the published weights, at the highest sparsity that most methods have
 Colours are those of Okabe and Ito, and every series has a mark of its own, so that a picture can be read in print and by the
 colour-blind.
@@ -48,19 +49,22 @@ def series_of(row):
     return re.sub(r'-[0-9.]+$', '', row)
 
 
-def points(table, results):
-    """{series: [(sparsity %, MMACs, mean accuracy, deviation, published accuracy or None)]} of the rows with finished runs."""
-    series = {}
+def points(table, results, filters):
+    """{series: [(sparsity %, MMACs, mean accuracy, deviation, published accuracy or None)]} of the rows with finished runs.
+
+    filters: only those that prune whole filters, or only the others; the dense rows in both.
+    """
+    series, macs = {}, 'small_macs' if filters else 'macs_nonzero'
     for row in table['rows']:
         runs = [result for (name, _), result in results.items() if name == row['id'] and result['status'] == 'finished']
-        if runs:
+        if runs and (runs[0]['zeros'] == 0 or filters == ('small_macs' in runs[0])):
             accuracies = [run['accuracy'] for run in runs]
             figures = row.get('paper')
             figures = figures.get('accuracy') if isinstance(figures, dict) else figures
             series.setdefault(series_of(row['id']), []).append(
                 (
                     100 * statistics.fmean(run['sparsity'] for run in runs),
-                    statistics.fmean(run['macs_nonzero'] for run in runs) / 1e6,
+                    statistics.fmean(run.get(macs, run['macs_dense']) for run in runs) / 1e6,
                     statistics.fmean(accuracies),
                     statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
                     figures,
@@ -69,9 +73,9 @@ def points(table, results):
     return series
 
 
-def draw_curves(table, results):
+def draw_curves(table, results, filters=False):
     """Accuracy against sparsity and MACs -> figure, or None when no method has a point beside the dense one."""
-    series = points(table, results)
+    series = points(table, results, filters)
     dense = [point for name, found in series.items() for point in found if point[0] == 0]
     series = {name: sorted(point for point in found if point[0] > 0) for name, found in series.items()}
     series = {name: found for name, found in series.items() if found}
@@ -91,6 +95,7 @@ def draw_curves(table, results):
         axes.set_xscale('log')
         for number, point in enumerate(dense):
             axes.axhline(point[2], color='black', linestyle='--', linewidth=1, label=None if number else 'dense')
+    clip_to(left, [point[2] for found in series.values() for point in found], series)
     left.invert_xaxis()
     left.xaxis.set_major_locator(FixedLocator([100 - tick for tick in TICKS]))
     left.xaxis.set_major_formatter(FuncFormatter(lambda kept, _: f'{100 - kept:g}'))
@@ -100,12 +105,22 @@ def draw_curves(table, results):
     right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
     right.xaxis.set_minor_locator(NullLocator())
-    right.set_xlabel('million MACs with non-zero weights, one image')
+    right.set_xlabel('million MACs, one image, ' + ('filters removed' if filters else 'with non-zero weights'))
     left.set_ylabel('test accuracy, %')
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside right upper', frameon=False)
     figure.suptitle(table['title'], fontsize=10)
     return figure
+
+
+def clip_to(axes, accuracies, series):
+    """Leave points far below the others off the axis, and say in it what they are, or the others could not be told apart."""
+    floor = statistics.median(accuracies) - 12
+    if min(accuracies) < floor - 8:
+        axes.set_ylim(floor, min(axes.get_ylim()[1], 100.5))
+        below = [(name, *point[:3]) for name, found in series.items() for point in found if point[2] < floor]
+        text = '\n'.join(f'{name} at {zeros:.0f} % zeros: {accuracy:.1f} %' for name, zeros, _, accuracy in below)
+        axes.text(0.03, 0.03, 'below this axis:\n' + text, transform=axes.transAxes, fontsize=8)
 
 
 def layer_shares(name):
@@ -163,6 +178,7 @@ def main(names):
     for name in names or recorded:
         table = arguments.load_table(tables.CONFIGS / f'{name}.yaml')
         written = save(draw_curves(table, recorded[name]), HERE / f'{name}.svg')
+        written += save(draw_curves(table, recorded[name], filters=True), HERE / f'{name}-filters.svg')
         written += save(draw_layers(table, name), HERE / f'{name}-layers.svg')
         print(*[path.relative_to(HERE.parent) for path in written] or [f'{name}: nothing to draw'], sep='\n')
 
