@@ -34,7 +34,7 @@ class _Feather(torch.autograd.Function):
         # P_T(w) = w f with f = (1 - r^p)^(1/p) and r = T / max(|w|, T). Where |w| <= T, r is 1 and f exactly 0; elsewhere the
         # division rounds below 1, so no kept weight becomes zero; at T = 0, f is 1. All in place: memory traffic is the cost.
         magnitude = weight.abs()
-        ratio = torch.maximum(magnitude, threshold.clamp(min=torch.finfo(weight.dtype).tiny), out=magnitude)
+        ratio = torch.maximum(magnitude, torch.where(threshold > 0, threshold, 1), out=magnitude)
         ratio = torch.div(threshold, ratio, out=ratio)
         if p == math.inf:
             factor = ratio.lt_(1)

@@ -211,5 +211,5 @@ def test_failure_is_recorded_with_its_reason(tmp_path, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(SystemExit, match='the loss is nan|the loss is inf|NaN or infinity'):
+    with pytest.raises(SystemExit, match='the loss is not finite in step'):
         run_main(tmp_path, '--lr=1e30', '--clip=0', '--method=dense')
