@@ -14,11 +14,12 @@ concatenation lines channels up. An operation that is not known here is taken to
 outputs: that can leave too much alive, never too little.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
+
+from export import eval_mode
 
 # Channel by channel, and zero where the input is zero.
 KEEP_ZERO = (
@@ -84,7 +85,7 @@ def channel_graph(model, example_input):
     stopped it where tracing or the forward pass fails.
     """
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), eval_mode(model):
             traced = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
             reader = _Reader(traced)
             reader.run(example_input.clone())
@@ -92,18 +93,6 @@ def channel_graph(model, example_input):
         reason = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
         raise ValueError(f'{type(model).__name__} cannot be traced, so its channels are not known: {reason}') from error
     return ChannelGraph(reader.nodes, traced, reader.shapes, _norms(reader.nodes))
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """In eval mode for a while; each module's mode is afterwards as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _Tracer(fx.Tracer):

@@ -562,6 +562,24 @@ def check_onnx(input_shape):
         raise ValueError('ONNX export needs input_shape, the shape of an input with its batch dimension, as (1, 3, 32, 32)')
 
 
+class GlobalPruner(Compressor):
+    """The base of criteria that can also rank all layers together; the entries then need one sparsity.
+
+    global_sort: whether they do; the default is GLOBAL, of the class.
+    """
+
+    GLOBAL = False
+
+    def __init__(self, model, config_list, optimizer=None, *, global_sort=None):
+        super().__init__(model, config_list, optimizer)
+        self.global_sort = self.GLOBAL if global_sort is None else global_sort
+        if self.global_sort:
+            self.one_sparsity()
+
+    def choose(self, scores):
+        return keep_globally(scores, self.one_sparsity(), self.keep) if self.global_sort else super().choose(scores)
+
+
 class FilterPruner(Compressor):
     """The base of pruners of whole filters of Conv2d layers."""
 

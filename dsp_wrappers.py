@@ -37,6 +37,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from channels import channel_graph, dead_norms, live_masks
+from export import eval_mode
 from sparse_utils import count_macs
 
 EPS = 1e-8  # added to norms and sums before they divide
@@ -64,12 +65,10 @@ def input_sizes(model, example_input):
         sizes.setdefault(names[conv], inputs[0][0].numel())
 
     hooks = [conv.register_forward_pre_hook(record) for conv in names]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()(example_input)
+        with eval_mode(model):
+            model(example_input)
     finally:
-        for module, training in modes:
-            module.training = training
         for hook in hooks:
             hook.remove()
     return sizes

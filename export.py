@@ -127,8 +127,9 @@ def trace(model):
 def eval_mode(model):
     """The model in eval mode; afterwards each module has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        for module, _ in modes:  # eval() is not there in a network read from a .pt2 file
+            module.training = False
         yield
     finally:
         for module, training in modes:

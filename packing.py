@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from channels import ChannelGraph, channel_graph, evaluating
+from channels import ChannelGraph, channel_graph
+from export import eval_mode
 
 MULTIPLES = (1, 8, 16)
 MAX_BRANCHES = 8
@@ -101,7 +102,7 @@ def _analyse(model, example):
     graph = channel_graph(model, example)
     modules = dict(graph.traced.named_modules())
     layers, folded = _layers(graph, modules)
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         found = _Constants(graph, modules, layers, folded)
         found.run(torch.zeros_like(example[:1]))
     need = _needs(graph, found)
@@ -828,7 +829,7 @@ def _check(model, packed, example):
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d) and getattr(layer, 'mask', None) is not None:
             masked[f'{name}.weight'] = layer.weight.detach() * layer.mask
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         expected = torch.func.functional_call(model, masked, (example.clone(),))
         found = packed(example.clone())
     pairs = [(found, expected)] if torch.is_tensor(expected) else zip(found, expected, strict=True)

@@ -10,7 +10,7 @@ dense    float32: the tensors that are mostly not zero, one after the other
 values   float32: the non-zero values of the others ('sparse')
 gaps     uint8, deflated: how many zeros stand before each of those values, in base 255
 counts   int64: batch norm's counters
-A 99 % sparse ResNet-20 of 1.1 million weights takes about 70 kB; the state dict that is read back is equal to the bit, but that
+The state dict that is read back is equal to the bit, but that
 a zero has lost its sign.
 """
 

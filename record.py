@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import distributed
 from args import differences
+from export import eval_mode
 from sparse_utils import count_macs, count_zeros
 
 try:
@@ -181,16 +182,11 @@ def totals(counts):
 
 def accuracy(model, loader):
     """Accuracy in percent over a loader, in float32 and eval mode; the model's modes are afterwards as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:  # eval() is not there in a network read from a .pt2 file
-        module.training = False
     correct = 0
-    with torch.no_grad():
+    with torch.no_grad(), eval_mode(model):
         for images, labels in loader:
             correct = correct + (model(images).argmax(1) == labels).sum()
     correct = distributed.total(torch.as_tensor(correct, device=labels.device))
-    for module, training in modes:
-        module.training = training
     return 100 * correct.item() / loader.num_images
 
 

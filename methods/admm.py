@@ -29,7 +29,7 @@ from args import nonnegative, positive
 from compressor import ALGORITHMS, DEFAULT_TYPES, ActivationPruner, StatisticsPruner, algorithm, over
 from methods.level import OneShot, add_dependency_flag
 from methods.simulated_annealing import FOREVER
-from shrink import agree, dependency_groups
+from shrink import agree
 
 ADAM = {'lr': 1e-3, 'weight_decay': 5e-5}
 
@@ -278,9 +278,7 @@ class Method(Penalized):
         self.announce(job.model)
         base = self.make_pruner(job.model)
         self.pretrain(job)
-        together = self.FILTERS and self.args.dependency_aware
-        example = next(iter(job.test))[0][:1]
-        self.split(job, 'admm', base, dependency_groups(job.model, example, depthwise=True) if together else [])
+        self.split(job, 'admm', base, self.groups(job, job.model))
         self.pruner = base
         record.say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
         if self.args.finetune_epochs:

@@ -240,7 +240,7 @@ class Method(Penalized, Searching):
         return next(iter(self.job.test))[0][:1]
 
     def round(self, job, names, number, budget):
-        args, groups = self.args, self.groups(job.model)
+        args, groups = self.args, self.groups(job, job.model)
         options = annealing_options(args) | {'base_algo': args.base_algo, 'statistics': self.statistics}
         options['experiment_data_dir'] = job.folder / f'round{number}'
         options['cap'] = partial(largest_share, args)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 
 import record
 from args import count, nonnegative, positive
-from compressor import DEFAULT_TYPES, Compressor, keep_globally, meant
+from compressor import DEFAULT_TYPES, GlobalPruner, meant
 from methods import Method as Base
 from shrink import dependency_groups
 
 
-class LevelPruner(Compressor):
+class LevelPruner(GlobalPruner):
     """LevelPruner(model, config_list, optimizer=None); config keys sparsity, op_types, op_names, exclude.
 
     global_sort: rank the weights of all layers together; all entries then have one sparsity.
@@ -28,19 +28,10 @@ class LevelPruner(Compressor):
 
     FILTERS = False
 
-    def __init__(self, model, config_list, optimizer=None, *, global_sort=False):
-        super().__init__(model, config_list, optimizer)
-        self.global_sort = global_sort
-        if global_sort:
-            self.one_sparsity()
-
     @staticmethod
     def scores(weights):
         """|w|"""
         return {name: weight.abs() for name, weight in weights.items()}
-
-    def choose(self, scores):
-        return keep_globally(scores, self.one_sparsity(), self.keep) if self.global_sort else super().choose(scores)
 
 
 def add_layer_flags(parser):
@@ -127,13 +118,18 @@ class OneShot(Base):
         self.make_pruner(job.model)  # a faulty configuration is to show before training
         self.pretrain(job)
         self.pruner = self.make_pruner(job.model)
-        if self.FILTERS and self.args.dependency_aware:
-            groups = dependency_groups(job.model, next(iter(job.test))[0][:1], depthwise=True)
+        if groups := self.groups(job, job.model):
             self.pruner.decide_together(groups)
         self.prune(job)
         if self.args.finetune_epochs:
             stage = {'epochs': self.args.finetune_epochs, 'lr': self.args.finetune_lr}
             job.fit(self, 'finetune', **stage, lr_schedule='constant', warmup_epochs=0.0)
+
+    def groups(self, job, model):
+        """Layers whose filters go together, as none could be removed from a residual stream otherwise; none of other methods."""
+        if not (self.FILTERS and self.args.dependency_aware):
+            return []
+        return dependency_groups(model, next(iter(job.test))[0][:1], depthwise=True)
 
     def prune(self, job):
         self.pruner.update_mask()

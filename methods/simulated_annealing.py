@@ -47,7 +47,7 @@ import record
 from args import count, fraction, nonnegative, positive
 from compressor import ALGORITHMS, DEFAULT_TYPES, StatisticsPruner, algorithm, least, num_pruned, ranks
 from methods.level import OneShot, add_dependency_flag
-from shrink import agree, dependency_groups
+from shrink import agree
 
 CAP = 1 - 1e-9  # shares stay below 1; each layer keeps a filter in any case
 FOREVER = 2**62
@@ -485,12 +485,6 @@ class Searching(OneShot):
         recalibrate(model, self.job.train, vars(self.args).get('recalibrate', 0))
         return record.accuracy(model, self.job.val)
 
-    def groups(self, model):
-        """Layers that end in one residual stream: their filters go together, or none could be removed."""
-        if not self.args.dependency_aware:
-            return []
-        return dependency_groups(model, next(iter(self.job.test))[0][:1], depthwise=True)
-
     def statistics(self, model):
         """Training batches for the criteria that watch them."""
         self.job.train.set_epoch(0)
@@ -554,7 +548,7 @@ class Method(Searching):
         add_annealing_flags(parser.add_argument)
 
     def make_pruner(self, model):
-        options = annealing_options(self.args) | {'groups': self.groups(model), 'statistics': self.statistics}
+        options = annealing_options(self.args) | {'groups': self.groups(self.job, model), 'statistics': self.statistics}
         options |= {'base_algo': self.args.base_algo, 'experiment_data_dir': self.job.folder}
         options['max_sparsity'] = largest_share(self.args, self.args.ptarget)
         return SimulatedAnnealingPruner(model, self.config_list(model), self.evaluator, **options)

@@ -13,31 +13,22 @@ import torch
 from torch import nn
 
 from args import nonnegative
-from compressor import Compressor, keep_globally
+from compressor import GlobalPruner
 from methods.level import OneShot
 
 
-class SlimPruner(Compressor):
+class SlimPruner(GlobalPruner):
     """SlimPruner(model, config_list, optimizer=None); config keys sparsity, op_types (BatchNorm2d), op_names, exclude.
 
     One sparsity for all entries, as channels are ranked together; global_sort=False ranks them within each layer.
     """
 
-    TYPES = ('BatchNorm2d',)
-
-    def __init__(self, model, config_list, optimizer=None, *, global_sort=True):
-        super().__init__(model, config_list, optimizer)
-        self.global_sort = global_sort
-        if global_sort:
-            self.one_sparsity()
+    TYPES, GLOBAL = ('BatchNorm2d',), True
 
     @staticmethod
     def scores(weights):
         """|gamma|"""
         return {name: weight.abs() for name, weight in weights.items()}
-
-    def choose(self, scores):
-        return keep_globally(scores, self.one_sparsity(), self.keep) if self.global_sort else super().choose(scores)
 
     def follow(self, name, kept):
         for conv in (self.model.get_submodule(conv) for conv, norm in self.norms.items() if norm == name):

@@ -107,12 +107,10 @@ def test_a_damaged_file_of_an_interrupted_run(name, how, whole, tmp_path, monkey
         assert same_state(state, read_run(whole['pipeline' if name.startswith('stage') else 'run'])[1])
 
 
-@pytest.mark.parametrize('how', DAMAGES)
+@pytest.mark.parametrize('how', [how for how in DAMAGES if how != 'one byte'])  # which may leave valid JSON
 def test_a_damaged_result_is_made_again(how, whole, tmp_path):
     shutil.copytree(whole['run'], tmp_path / 'r')
     damage(tmp_path / 'r' / 'result.json', how)
-    if how == 'one byte':  # may leave valid JSON
-        return
     result, state = run_main(tmp_path / 'r', *RUN)
     expected = read_run(whole['run'])
     assert result['accuracy'] == expected[0]['accuracy'] and same_state(state, expected[1])
