@@ -6,6 +6,7 @@
     python bench.py amp                      --amp, --channels-last and both against the plain step
     python bench.py criteria                 the masks of NNI's pruners for torchvision's ResNet-50, from construction to zeros
     python bench.py pack                     networks packed by Dynamic Structure Pruning's masks against the dense ones
+    python bench.py memory                   peak memory of a training step of ResNet-50 against the dense step's
     ... --threads 2 --device cpu --repeats 60 --methods feather st3 --record
 
 On a CPU use a quiet machine and as many threads as it has cores; a second program on the same cores spoils every figure.
@@ -13,7 +14,11 @@ On a CPU use a quiet machine and as many threads as it has cores; a second progr
 
 import argparse
 import contextlib
+import gc
+import itertools
+import json
 import statistics
+import tempfile
 import textwrap
 import time
 from argparse import Namespace
@@ -21,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import archs
 import methods
@@ -32,17 +38,18 @@ from record import hardware
 from sparse_utils import global_threshold
 
 
-def interleaved(functions, repeats, device):
-    """{name: function} -> {name: median seconds}: one call of each in turn, so that a disturbance hits all of them alike."""
+def interleaved(functions, repeats, device, calls=1):
+    """{name: function} -> {name: median seconds of a call}: a few calls of each in turn, so that a disturbance hits all alike."""
     times = {name: [] for name in functions}
     for repeat in range(repeats + 3):
         for name, function in functions.items():
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             if device.type == 'cuda':
                 torch.cuda.synchronize(device)
             if repeat >= 3:  # the first ones warm up
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -79,16 +86,19 @@ def bench_threshold(device, repeats, names):
                 'global_threshold, first call': lambda w=weights, r=ratio: global_threshold(w, r),
                 'global_threshold, in training': lambda w=weights, r=ratio, p=previous: global_threshold(w, r, p),
             }
-            times = interleaved(functions, max(repeats // (4 if n < 2e6 else 12), 3), device)
+            times = interleaved(functions, max(repeats // (4 if n < 2e6 else 12), 3), device, calls=4 if n < 2e6 else 1)
             show(f'threshold search, {n:,} weights, ratio {ratio}', times, 'full sort', speedup=True)
 
 
-def trainer(device, size, batch, words=(), method='dense', target=0.9):
-    """A function that makes one training step of ResNet-20 (width 32, 100 classes), at full sparsity."""
-    common = ['--model=resnet20', '--width=32', '--dataset=cifar100', '--epochs=2', '--clip=3']
+SMALL, LARGE = ('--model=resnet20', '--width=32'), ('--model=resnet50',)
+
+
+def trainer(device, size, batch, words=(), method='dense', target=0.9, network=SMALL):
+    """A function that makes one training step of a network with 100 classes, at full sparsity."""
+    common = ['--dataset=cifar100', '--epochs=2', '--clip=3', *network]
     args = parse([f'--method={method}', f'--ptarget={target}', *common, *words])
     torch.manual_seed(0)
-    model = archs.build(args.model, 100, args.width).to(device)
+    model = archs.build(args.model, 100, args.width, size).to(device)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(memory_format=layout)
     method = methods.load(args.method)(args)
@@ -128,7 +138,7 @@ def bench_step(device, repeats, names):
         functions |= {
             f'{name}, {target:.0%}': trainer(device, size, 64, (), name, target) for name in names for target in (0.9, 0.99)
         }
-        times = interleaved(functions, n, device)
+        times = interleaved(functions, n, device, calls=4)  # as in training, where the caches hold one model
         show(f'training step, ResNet-20 width 32, batch 64, {size}x{size} images', times, 'dense')
 
 
@@ -204,7 +214,32 @@ def bench_pack(device, repeats, names):
             say(textwrap.fill('; '.join(lines), 126, initial_indent='  ', subsequent_indent='  '))
 
 
-BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp, 'criteria': bench_criteria, 'pack': bench_pack}
+def peak_memory(function, device):
+    """The most bytes that tensors made within function() hold at a time, as PyTorch's allocator counts them."""
+    gc.collect()
+    if device.type == 'cuda':
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f'{folder}/trace.json')
+        events = json.loads(Path(folder, 'trace.json').read_text())['traceEvents']
+    changes = [(event['ts'], event['args']['Bytes']) for event in events if event['name'] == '[memory]']
+    return max(itertools.accumulate(size for _, size in sorted(changes)))
+
+
+def bench_memory(device, repeats, names):
+    peaks = {name: peak_memory(partial(trainer, device, 64, 8, (), name, 0.99, LARGE), device) for name in ('dense', *names)}
+    say('\npeak memory of 25 training steps, ResNet-50, batch 8, 64x64 images, 99 %')
+    for name, peak in peaks.items():
+        say(f'  {name:<34} {peak / 2**20:9.1f} MiB  {peak / peaks["dense"]:7.2f}x the memory')
+
+
+BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp, 'criteria': bench_criteria}
+BENCHES |= {'pack': bench_pack, 'memory': bench_memory}
 
 
 def main():
@@ -215,7 +250,7 @@ def main():
     parser.add_argument('--repeats', type=int, default=60)
     parser.add_argument('--record', action='store_true', help='write what is printed to results/bench/<which>.md')
     sparse = ['feather', 'asl', 'st3', 'gmp', 'lrr', 'probmask']  # those that change the training step
-    parser.add_argument('--methods', nargs='+', choices=methods.names(), default=sparse, help='for step')
+    parser.add_argument('--methods', nargs='+', choices=methods.names(), default=sparse, help='for step and memory')
     options = parser.parse_args()
     if unknown := set(options.which) - set(BENCHES):
         parser.error(f'there is no bench {sorted(unknown)[0]!r}; there are {", ".join(BENCHES)}')

@@ -113,11 +113,13 @@ def list_rows(path, rows):
 def run_rows(path, rows, options):
     table = tables.name_of(path)
     states = [state_of(out, words) for _, _, out, words in rows]  # all of them first: a typo in the last row shows at once
-    with ThreadPoolExecutor(options.parallel) as pool:
-        for number, ((row, seed, out, words), state) in enumerate(zip(rows, states, strict=True), 1):
-            pool.submit(
-                run_row, f'[{number}/{len(rows)}] {table} {row["id"]}, seed {seed}', state, out, words, options.parallel
-            )
+    numbered = [(number, *row, state) for number, (row, state) in enumerate(zip(rows, states, strict=True), 1)]
+    for waits in (False, True):  # a row that starts from another row's weights comes after it
+        with ThreadPoolExecutor(options.parallel) as pool:
+            for number, row, seed, out, words, state in numbered:
+                if ('from' in row) == waits:
+                    title = f'[{number}/{len(rows)}] {table} {row["id"]}, seed {seed}'
+                    pool.submit(run_row, title, state, out, words, options.parallel)
     results = tables.of_folders([(row['id'], seed, out) for row, seed, out, _ in rows])
     if options.record or options.publish:
         tables.keep(table, results)

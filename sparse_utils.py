@@ -34,22 +34,24 @@ class _Feather(torch.autograd.Function):
         # P_T(w) = w f with f = (1 - r^p)^(1/p) and r = T / max(|w|, T). Where |w| <= T, r is 1 and f exactly 0; elsewhere the
         # division rounds below 1, so no kept weight becomes zero; at T = 0, f is 1. All in place: memory traffic is the cost.
         magnitude = weight.abs()
-        ratio = torch.maximum(magnitude, torch.where(threshold > 0, threshold, 1), out=magnitude)
-        ratio = torch.div(threshold, ratio, out=ratio)
+        ratio = torch.maximum(magnitude, torch.threshold(threshold, 0, 1), out=magnitude)
         if p == math.inf:
-            factor = ratio.lt_(1)
+            factor = torch.div(threshold, ratio, out=ratio).lt_(1)
+        elif p % 2 == 1:  # (-r)^p is -(r^p): a pass less
+            factor = torch.div(-threshold, ratio, out=ratio).pow_(p)
+        else:
+            factor = torch.div(threshold, ratio, out=ratio).pow_(p).neg_()
+        if 1 < p < math.inf:  # log1p and exp2 cost half of what pow does
+            factor = factor.log1p_().mul_(1 / (p * math.log(2))).exp2_()
         elif p == 1:
-            factor = ratio.neg_().add_(1)
-        else:  # log1p and exp2 cost half of what pow does
-            factor = ratio.pow_(p).neg_().log1p_().mul_(1 / (p * math.log(2))).exp2_()
+            factor = factor.add_(1)
         ctx.theta = theta
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(factor.ceil(), weight, threshold)
             return factor.mul_(weight)
         sparse = factor.mul_(weight)
         if theta != 1:
-            scale = torch.where(threshold > 0, theta, 1.0).to(weight.dtype)
-            ctx.save_for_backward(sparse, scale)  # the layer keeps `sparse` anyway: where it is not zero, the weight was kept
+            ctx.save_for_backward(sparse)  # the layer keeps it anyway: where it is not zero, the weight was kept
         return sparse
 
     @staticmethod
@@ -59,8 +61,9 @@ class _Feather(torch.autograd.Function):
             to_threshold = -torch.sum(grad * weight * (1 - keep)) / threshold
             return grad * keep.clamp(min=ctx.theta), to_threshold, None, None
         if ctx.theta != 1:
-            sparse, scale = ctx.saved_tensors
-            grad = sparse.sign().abs_().clamp_(min=scale).mul_(grad)  # m: 1 where kept, theta where pruned
+            (sparse,) = ctx.saved_tensors
+            kept = torch.ops.aten.hardshrink_backward(grad, sparse, 0)  # g where kept, else 0
+            grad = kept.lerp_(grad, ctx.theta)  # g where kept, else theta g
         return grad, None, None, None
 
 
@@ -90,6 +93,7 @@ class Feather(nn.Module):
         super().__init__()
         self.p, self.theta = p, theta
         self.register_buffer('threshold', torch.zeros(()))
+        self.register_buffer('before', torch.zeros(()), persistent=False)  # the threshold before; for speed alone
 
     def forward(self, weight):
         return _Feather.apply(weight, self.threshold, self.p, self.theta)
@@ -98,12 +102,13 @@ class Feather(nn.Module):
 # ------------------------------------------------------------------------------------------------- the global threshold
 
 
+@torch.no_grad()
 def global_threshold(weights, ratio, previous=None):
     """The threshold T that prunes a share `ratio` of all weights: the quantile of all |w|, linearly interpolated.
 
     weights: list of tensors, any shapes, one device. ratio in [0, 1]. The n absolute values are ranked together and T lies at
     position (n-1)*ratio, so |w| <= T holds for floor((n-1)*ratio) + 1 weights (more only where magnitudes tie with T).
-    previous: a guess of T, for example the last one; it only saves time. Returns a 0-d tensor on the weights' device.
+    previous: a guess of T, such as the last one, or the line through the last two; it only saves time. Returns a 0-d tensor on the weights' device.
     Exact. O(n) on a CPU, a few passes over pieces that fit the cache; on a GPU a sort, which the host does not wait for.
     Raises ValueError for no weights, a ratio outside [0, 1], and (on a CPU, without `previous`) NaN or infinite weights.
     """
@@ -111,7 +116,7 @@ def global_threshold(weights, ratio, previous=None):
         raise ValueError(f'ratio must lie in [0, 1], got {ratio}')
     dtype = weights[0].dtype if weights else None
     exact = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype  # which cannot count to 300 and 3,000
-    weights = [_flat(weight.detach()).to(exact) for weight in weights]
+    weights = [_flat(weight) if dtype == exact else _flat(weight).to(exact) for weight in weights]
     n = sum(weight.numel() for weight in weights)
     if n == 0:
         raise ValueError('there are no weights to threshold')
@@ -134,12 +139,12 @@ def _neighbours(weights, n, k, next_k, previous):
     if weights[0].device.type != 'cpu':
         ordered = torch.cat(weights).abs_().sort().values
         return ordered[k], ordered[next_k]
-    for attempt in ('previous', 'sample'):
-        if attempt == 'sample':
+    guess = float(previous) if previous is not None else 0.0
+    for reach in (0.0015, 0.03, None):  # a training step leaves T within 0.15 % of its course, nearly always
+        if reach is None:
             low, high = _sampled_bracket(weights, n, k)
-        elif previous:  # how far a training step may move it; far out in the tail it moves more, and a wide bracket is cheap
-            reach = min(max(0.0003 * n / (n - k), 0.003), 0.03)
-            low, high = (1 - reach) * float(previous), (1 + reach) * float(previous)
+        elif guess > 0:
+            low, high = (1 - reach) * guess, (1 + reach) * guess
         else:
             continue
         below, inside = _between(weights, low, high)
@@ -156,11 +161,11 @@ CHUNK, BLOCK = 2**18, 64  # weights: a chunk and its temporaries stay in the cac
 
 
 def _chunks(weights):
-    """The magnitudes in pieces of whole blocks; what does not fill a block is filled up with infinity, above all of them."""
+    """The weights as pieces of whole blocks, [blocks, BLOCK]; what is small or does not fill a block is put together."""
     rest = []
     for piece in (piece for weight in weights for piece in weight.split(CHUNK)):
-        if piece.numel() % BLOCK == 0 and piece.numel() >= CHUNK // 8:
-            yield piece.abs()
+        if piece.numel() % BLOCK == 0 and piece.numel() >= CHUNK // 2:
+            yield piece.view(-1, BLOCK)
         else:
             rest.append(piece)
         if sum(piece.numel() for piece in rest) >= CHUNK // 2:
@@ -171,21 +176,21 @@ def _chunks(weights):
 
 
 def _whole_blocks(pieces):
+    """One [blocks, BLOCK] of them, filled up with infinity, which is above all magnitudes."""
     padding = -sum(piece.numel() for piece in pieces) % BLOCK
-    return torch.cat([*pieces, pieces[0].new_full((padding,), math.inf)]).abs_()
+    return torch.cat([*pieces, pieces[0].new_full((padding,), math.inf)]).view(-1, BLOCK)
 
 
 def _between(weights, low, high):
     """(how many magnitudes lie below `low`, those in [low, high]), in few passes of float arithmetic, which is fast."""
     middle, reach = (low + high) / 2, 0.51 * (high - low) + 1e-6 * high
     total, balance, inside = 0, [], []
-    for magnitude in _chunks(weights):
-        blocks = magnitude.view(-1, BLOCK)
-        offset = blocks - middle
+    for blocks in _chunks(weights):
+        offset = blocks.abs().sub_(middle)
         balance.append(offset.sign().sum())  # magnitudes above the middle minus those below it
         inside.append(blocks[offset.abs_().amin(1) <= reach])  # all blocks that may hold a magnitude of the bracket
-        total += magnitude.numel()
-    inside = torch.cat(inside).view(-1, BLOCK // 8)
+        total += blocks.numel()
+    inside = torch.cat(inside).abs_().view(-1, BLOCK // 8)
     inside = inside[(inside - middle).abs_().amin(1) <= reach]  # smaller blocks first: comparing single values is slow
     inside = inside[(inside >= low) & (inside <= high)]
     below_middle = (total - int((inside == middle).sum()) - int(torch.stack(balance).sum(dtype=torch.float64))) // 2
@@ -296,7 +301,7 @@ class Pruner:
         if not layers:
             raise ValueError(f'the model has no convolution or linear layer with at least {pthres} weights')
         self.layers = layers
-        self._groups = []  # (operator, layers that share its threshold); none where thresholds are trained
+        self._groups = []  # (operator, whose weights share its threshold); none where thresholds are trained
         if backbone == 'asl':
             iter_sparsify(self.model, initial_thresh(self.final_rate), pthres=pthres, p=self.p, theta=self.theta)
             return
@@ -307,7 +312,7 @@ class Pruner:
             members = [layer for layer in layers.values() if id(_dense_weight(layer)) in shared]
             for layer in members:
                 attach(layer, operator)
-            self._groups.append((operator, group))
+            self._groups.append((operator, [layer.parametrizations.weight for layer in group]))
 
     @property
     def ratio(self):
@@ -334,13 +339,13 @@ class Pruner:
         else:
             self._ratio = self._cubic(self.step)
             self.step += 1
-        for operator, layers in self._groups:
+        for operator, parametrized in self._groups:
             if self._ratio == 0:
                 operator.threshold.zero_()
             else:
-                weights = [_dense_weight(layer) for layer in layers]
-                guess = operator.threshold if operator.threshold.device.type == 'cpu' else None
-                operator.threshold.copy_(global_threshold(weights, self._ratio, guess))
+                guess = operator.before.lerp(operator.threshold, 2)  # as far again as it has moved in the last step
+                operator.before.copy_(operator.threshold)
+                operator.threshold.copy_(global_threshold([weight.original for weight in parametrized], self._ratio, guess))
 
     def _cubic(self, step):
         """k(t) = kf - kf (1 - (t - t1)/(t2 - t1))^3 between t1 and t2, in steps; 0 before, kf after."""

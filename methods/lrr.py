@@ -15,6 +15,7 @@ The count of a round is rounded from its total share, so that roundings do not a
 import math
 from pathlib import Path
 
+import distributed
 import record
 from args import count, differences, fraction
 from methods.gmp import Masking, magnitude_masks
@@ -83,6 +84,7 @@ class Method(Masking):
         """The round to begin with: the last that has ended in the run's folder or, before any training there, in the chain."""
         ended = [r for r in range(len(self.targets)) if stage_file(job, r).exists()]
         kept = [r for r in range(len(self.targets) - 1) if self.chain is not None and self.chain_file(r).exists()]
+        ended, kept = distributed.same([ended, kept])
         if not kept or (job.folder / 'checkpoint.pt').exists():
             return max(ended, default=0)
         last = max(kept)
@@ -92,12 +94,13 @@ class Method(Masking):
         lines = state.pop('log').encode()
         record.write_atomically(job.folder / 'log.jsonl', lambda file: file.write(lines))
         record.save(state, stage_file(job, last))  # where job.fit() looks for a stage that has ended
+        distributed.wait()
         return last
 
     def keep(self, job):
         """Add the round that has just ended to the chain: its checkpoint, the log so far, and the arguments."""
         path, ended = self.chain_file(self.round), stage_file(job, self.round)
-        if not path.exists():
+        if distributed.rank() == 0 and not path.exists():
             state = record.load(ended if ended.exists() else job.folder / 'checkpoint.pt')
             lines = (job.folder / 'log.jsonl').read_text().splitlines(keepends=True)[: job.done['epochs']]
             path.parent.mkdir(parents=True, exist_ok=True)

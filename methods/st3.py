@@ -36,7 +36,7 @@ from sparse_utils import attach, bake, global_threshold, prunable_layers
 def l1(weights, ratio, previous=None):
     """ST-3's thresholds: {name: weight} -> {name: 0-d tensor}, one for all: see sparse_utils.global_threshold.
 
-    floor((n-1)*ratio) + 1 of all n weights have |w| <= T, more only where magnitudes tie. previous: the last result, for speed.
+    floor((n-1)*ratio) + 1 of all n weights have |w| <= T, more only where magnitudes tie. previous: a guess, for speed.
     """
     guess = next(iter(previous.values())) if previous else None
     return dict.fromkeys(weights, global_threshold(list(weights.values()), ratio, guess))
@@ -103,6 +103,7 @@ class STEPrunedLayer(nn.Module):
         super().__init__()
         self.soft, self.rescale, self.groups = soft, rescale, groups
         self.register_buffer('threshold', torch.zeros(()))
+        self.register_buffer('before', torch.zeros(()), persistent=False)  # the threshold before; for speed alone
 
     def forward(self, weight):
         sparse = _SoftThreshold.apply(self._swapped(weight), self.threshold, self.soft, self.rescale)
@@ -175,10 +176,12 @@ class Method(Base):
         start, end = self.start * self.batches, self.end * self.batches
         share = progress(done, start, end, self.args.power) if self.args.ramp else float(done >= start)
         self.ratio = self.args.ptarget * share
-        thresholds = {name: operator.threshold for name, operator in self.operators.items()}
-        new = self.criterion(self.weights, self.ratio, thresholds) if self.ratio > 0 else {}
-        for name, threshold in thresholds.items():
-            threshold.copy_(new[name]) if new else threshold.zero_()
+        name, first = next(iter(self.operators.items()))
+        guess = {name: first.before.lerp(first.threshold, 2)}  # as far again as it has moved in the last step
+        first.before.copy_(first.threshold)
+        new = self.criterion(self.weights, self.ratio, guess) if self.ratio > 0 else {}
+        for name, operator in self.operators.items():
+            operator.threshold.copy_(new[name]) if new else operator.threshold.zero_()
 
     def after_step(self, step, batch):
         self.update(step + 1)  # no weight changes from here to the next forward: after_epoch has nothing left to do

@@ -107,7 +107,7 @@ def test_threshold_zero_is_the_dense_weight(p, theta):
     out = feather(weight, 0.0, p, theta)
     assert torch.equal(out, weight)
     out.sum().backward()
-    assert weight.grad.tolist() == [1.0] * 6  # also for the weight that is zero, which is not a pruned one
+    assert weight.grad.tolist() == [1, 1, theta, 1, 1, 1]  # 1 where |w| > T, as the paper has it
 
 
 @pytest.mark.parametrize('p', [1, 3, 15, math.inf])
