@@ -98,7 +98,7 @@ def trainer(device, size, batch, words=(), method='dense', target=0.9, network=S
     common = ['--dataset=cifar100', '--epochs=2', '--clip=3', *network]
     args = parse([f'--method={method}', f'--ptarget={target}', *common, *words])
     torch.manual_seed(0)
-    model = archs.build(args.model, 100, args.width, size).to(device)
+    model = archs.build(args.model, 100, args.width, image_size=size).to(device)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(memory_format=layout)
     method = methods.load(args.method)(args)
