@@ -113,11 +113,11 @@ def list_rows(path, rows):
 def run_rows(path, rows, options):
     table = tables.name_of(path)
     states = [state_of(out, words) for _, _, out, words in rows]  # all of them first: a typo in the last row shows at once
-    numbered = [(number, *row, state) for number, (row, state) in enumerate(zip(rows, states, strict=True), 1)]
-    for waits in (False, True):  # a row that starts from another row's weights comes after it
+    turns = turns_of(rows)
+    for now in sorted(set(turns)):
         with ThreadPoolExecutor(options.parallel) as pool:
-            for number, row, seed, out, words, state in numbered:
-                if ('from' in row) == waits:
+            for number, ((row, seed, out, words), state) in enumerate(zip(rows, states, strict=True), 1):
+                if turns[number - 1] == now:
                     title = f'[{number}/{len(rows)}] {table} {row["id"]}, seed {seed}'
                     pool.submit(run_row, title, state, out, words, options.parallel)
     results = tables.of_folders([(row['id'], seed, out) for row, seed, out, _ in rows])
@@ -127,6 +127,16 @@ def run_rows(path, rows, options):
         if state_of(out, words) == 'finished':
             published.publish(out)
     print('\n' + tables.render(path, results), flush=True)
+
+
+def turns_of(rows):
+    """For each row how many of those above it have to come first, one after the other, as it starts from their weights."""
+    turns = []
+    for row, seed, *_ in rows:
+        source = Path(str(row.get('from', '')).replace('{seed}', str(seed))).name
+        above = zip(turns, rows, strict=False)
+        turns.append(max((turn + 1 for turn, (_, _, out, _) in above if out.name == source), default=0))
+    return turns
 
 
 def run_row(title, state, out, words, parallel):

@@ -119,6 +119,13 @@ def test_runs_side_by_side_are_the_runs_one_after_another(config, tmp_path, monk
         assert same_state(torch.load(one, weights_only=True), torch.load(two, weights_only=True))
 
 
+def test_side_by_side_a_row_waits_for_the_one_it_starts_from():
+    sources = ['', 'runs/t/a-s{seed}', 'runs/t/b-s{seed}', '', 'runs/t/b-s{seed}', 'runs/t/f-s{seed}', 'runs/t/elsewhere']
+    rows = [{'id': name} | ({'from': source} if source else {}) for name, source in zip('abcdefg', sources, strict=True)]
+    runs = [(row, seed, Path(f'runs/t/{row["id"]}-s{seed}'), []) for row in rows for seed in (0, 1)]
+    assert launch.turns_of(runs) == [0, 0, 1, 1, 2, 2, 0, 0, 2, 2, 0, 0, 0, 0]  # f names itself: main.py will say so
+
+
 def test_a_row_may_have_seeds_of_its_own(config, monkeypatch, capfd):
     config.write_text(TINY_TABLE.replace('id: dense,', 'id: dense, seeds: [3, 4, 5],'))
     assert run_launcher(monkeypatch, config, '--list') == 0
