@@ -30,6 +30,7 @@ from args import count, fraction, nonnegative, positive
 from dsp_wrappers import GroupWrapper, PruneWrapper, filter_pruned, group_convs, set_group, strip
 from methods import Method as Base
 from packing import pack
+from shrink import gains
 
 __all__ = ['GroupWrapper', 'PruneWrapper', 'pack']
 
@@ -207,7 +208,8 @@ class Method(Base):
             record.save({name: mask.cpu() for name, mask in self.pruner.masks().items()}, job.folder / 'masks.pt')
         if stage == 'pack' or a.pack:
             self.finalize(job.model)
-            write_packed(job)
+            self.figures |= write_packed(job)
+            self.FILTERS = False  # what packing gives is measured here, and is more than shrinking would
 
     def check(self, job):
         """Raise ValueError for layers that are not there now, not after hours of pretraining."""
@@ -258,7 +260,8 @@ def write_packed(job):
     """Pack the finished network, whose pruned kernels are exactly zero, for this device and --pack-batch images at a time.
 
     Into the run's folder go packed.pt and packed.json, from which it is rebuilt without running stored code, packed.pt2 and,
-    asked for, packed.ts. Raises ValueError where it cannot be packed, or where its outputs on test images are others.
+    asked for, packed.ts. Returns what is gained, as shrink.gains() does. Raises ValueError where it cannot be packed, or where
+    its outputs on test images are others.
     """
     images = next(iter(job.test))[0]
     example = images[: job.args.pack_batch]
@@ -270,8 +273,10 @@ def write_packed(job):
     export.write_pt2(packed, example, job.folder / 'packed.pt2')
     if job.args.torchscript:
         export.write_torchscript(packed, example, job.folder / 'packed.ts')
-    parameters = [sum(p.numel() for p in model.parameters()) for model in (job.model, packed)]
+    result = gains(job.model, packed, example)
     record.say(
         '\n'.join(packed.meta['layers'])
-        + f'\npacked: {parameters[1]:,} of {parameters[0]:,} parameters, outputs equal to {difference:.0e} of the largest'
+        + f'\npacked: {result["small_parameters"]:,} of {result["dense_parameters"]:,} parameters, '
+        + f'outputs equal to {difference:.0e} of the largest'
     )
+    return result

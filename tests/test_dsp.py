@@ -844,14 +844,16 @@ def test_packing_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(methods.dsp, 'pack', functools.partial(methods.dsp.pack, how='gathered'))  # measures nothing: quick
     quick = [*PIPELINE, '--limit-train=64', '--width=8']
     run_main(tmp_path / 'tuned', *quick)
-    _, state = run_main(tmp_path / 'packed', *quick, '--stage=pack', f'--from={tmp_path / "tuned"}', '--torchscript')
+    result, state = run_main(tmp_path / 'packed', *quick, '--stage=pack', f'--from={tmp_path / "tuned"}', '--torchscript')
     model = archs.build('resnet20', 10, width=8, in_channels=1)
     model.load_state_dict(state)
     x = torch.randn(5, 1, 8, 8)
     expected = model.eval()(x)
     small_one = export.load(tmp_path / 'packed' / 'packed')
     assert torch.allclose(small_one.eval()(x), expected, atol=1e-4)
-    assert sum(p.numel() for p in small_one.parameters()) < sum(p.numel() for p in model.parameters())
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (small_one, model)]
+    assert sizes == [result['small_parameters'], result['dense_parameters']] and sizes[0] < sizes[1]
+    assert result['small_macs'] < result['dense_macs'] and result['small_ms_1'] > 0
     for name in ('packed.pt2', 'packed.ts'):
         assert torch.allclose(export.read(tmp_path / 'packed' / name, trust=True)(x), expected, atol=1e-4)
 
