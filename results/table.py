@@ -5,8 +5,9 @@
 
 A row shows the mean and the sample standard deviation over its seeds. Accuracy is that of the last epoch on the test set,
 zeros and MACs are counted on the saved network, and where whole filters went also on the network without them; milliseconds,
-with `times: true` in the table, are those of that network on two threads, and of the dense one in the same run. README.md repeats some of these pages, between the comments
-<!-- results/NAME.md --> and <!-- end -->; both commands see to those too.
+with `times: true` in the table, are those of that network on two threads, and of the dense one in the same run. README.md and
+results/README.md repeat some of these pages, between the comments <!-- results/NAME.md --> and <!-- end -->; both commands
+see to those too.
 """
 
 import json
@@ -23,7 +24,8 @@ import record  # noqa: E402
 
 SHRUNK = ['parameters shrunk', 'MMACs shrunk']
 TIMES = ['ms shrunk (dense), 1 image', '32 images']
-CONFIGS, RUNS, README = HERE.parent / 'configs', HERE / 'runs.jsonl', HERE.parent / 'README.md'
+CONFIGS, RUNS = HERE.parent / 'configs', HERE / 'runs.jsonl'
+READMES = [HERE.parent / 'README.md', HERE / 'README.md']
 
 
 def name_of(path):
@@ -58,7 +60,7 @@ def keep(table, results):
     lines = [json.dumps(entry) + '\n' for results in tables.values() for entry in results.values()]
     record.write_atomically(RUNS, lambda file: file.write(''.join(lines).encode()))
     write(table, tables.get(table, {}))
-    README.write_text(readme())
+    write_readmes()
 
 
 def page(table, results):
@@ -94,6 +96,8 @@ def render(path, results):
             cells.insert(1, '')
         lines.append([row['id'], paper(row), *cells[: len(head) - 2]])
         origins += [f'{run["device"]}, torch {run["torch"]}, commit {run["commit"]}' for run in runs]
+    if not any(published for _, published, *_ in lines):
+        head, *lines = [[first, *rest] for first, _, *rest in [head, *lines]]  # a table of our own
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     rule = ['-' * width for width in widths]
     aligned = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in [head, rule, *lines]]
@@ -142,14 +146,19 @@ def paper(row):
     return ', '.join(f'{key} {value}' for key, value in published.items()) if isinstance(published, dict) else str(published)
 
 
-def readme():
-    """README.md with what it repeats from results/ as it stands there now, without the titles."""
+def readme(path):
+    """The text of a README with what it repeats from results/ as it stands there now, without the titles."""
 
     def included(match):
         text = (HERE / match[1]).read_text()
         return f'<!-- results/{match[1]} -->\n{text[text.index("|") if "|" in text else 0 :].strip()}\n<!-- end -->'
 
-    return re.sub(r'<!-- results/(\S+) -->\n.*?<!-- end -->', included, README.read_text(), flags=re.DOTALL)
+    return re.sub(r'<!-- results/(\S+) -->\n.*?<!-- end -->', included, path.read_text(), flags=re.DOTALL)
+
+
+def write_readmes():
+    for path in READMES:
+        path.write_text(readme(path))
 
 
 def main():
@@ -157,11 +166,11 @@ def main():
     pages = {HERE / f'{name}.md': page(name, results) for name, results in tables.items()}
     if '--check' in sys.argv[1:]:
         stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text() != text]
-        stale += ['README.md'] if README.read_text() != readme() else []
+        stale += [str(path) for path in READMES if path.read_text() != readme(path)]
         sys.exit(f'not what the recorded runs say: {", ".join(stale)}; python results/table.py rewrites them' if stale else 0)
     for name, results in tables.items():
         write(name, results)
-    README.write_text(readme())
+    write_readmes()
 
 
 if __name__ == '__main__':

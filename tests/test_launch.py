@@ -178,7 +178,7 @@ def test_recorded_tables_are_what_the_runs_say(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(tables, 'HERE', tmp_path)
     monkeypatch.setattr(tables, 'RUNS', tmp_path / 'runs.jsonl')
-    monkeypatch.setattr(tables, 'README', tmp_path / 'README.md')
+    monkeypatch.setattr(tables, 'READMES', [tmp_path / 'README.md'])
     (tmp_path / 'README.md').write_text('before\n<!-- results/quickstart.md -->\nold\n<!-- end -->\nafter\n')
     keys = {'weights': 200, 'macs_nonzero': 1e6, 'macs_dense': 2e6, 'seconds': 60, 'device': 'x', 'torch': 'y', 'commit': 'z'}
     result = {
@@ -191,7 +191,7 @@ def test_recorded_tables_are_what_the_runs_say(tmp_path, monkeypatch):
     tables.keep('quickstart', {('feather-90', 0): result, ('feather-99', 0): {'status': 'failed', 'reason': 'no'}})
     assert '/home/me' not in (tmp_path / 'runs.jsonl').read_text()
     page = (tmp_path / 'quickstart.md').read_text()
-    assert re.search(r'\| feather-90 +\| +\| 98\.25 +\| 0 +\| 150 +\| 200 +\| 75\.000', page) and 'not run' in page
+    assert re.search(r'\| feather-90 +\| 98\.25 +\| 0 +\| 150 +\| 200 +\| 75\.000', page) and 'not run' in page
     monkeypatch.setattr(sys, 'argv', ['table.py', '--check'])
     with pytest.raises(SystemExit) as stop:
         tables.main()
