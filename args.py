@@ -6,6 +6,7 @@ example run (CIFAR-100). Importing this parses nothing.
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 from pathlib import Path
@@ -48,10 +49,17 @@ def nonnegative(text):
     return value
 
 
+def share(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'must lie from 0 to 1, got {text}')
+    return value
+
+
 def fraction(text):
     value = float(text)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f'is a fraction of zeros and must lie between 0 and 1, got {text}')
+        raise argparse.ArgumentTypeError(f'is a fraction and must lie between 0 and 1, got {text}')
     return value
 
 
@@ -129,7 +137,7 @@ def common_parser():
     add('--wd', type=nonnegative, default=5e-4, help='weight decay (default: %(default)s)')
     add('--wd-all', action=switch, default=False, help='decay biases and batch norm too (default: weights only)')
     add('--clip', type=nonnegative, default=3.0, help='clip the gradient to this norm, 0 for never (default: %(default)s)')
-    add('--label-smoothing', type=nonnegative, default=0.0, help='(default: %(default)s)')
+    add('--label-smoothing', type=share, default=0.0, help='(default: %(default)s)')
     add('--seed', type=count, default=0, help='of weights, order and augmentation (default: %(default)s)')
 
     add = parser.add_argument_group('speed').add_argument
@@ -183,7 +191,7 @@ def parse(argv):
     if first.resume:
         return resumed(parser, argv)
     try:
-        words = config_words(first, parser) + argv
+        words = config_words(first) + argv
         method = methods.load(parser.parse_known_args(words)[0].method)
     except ValueError as error:
         parser.error(str(error))
@@ -244,6 +252,8 @@ def resumed(parser, argv):
     flags = {'--' + name.replace('_', '-') for name in PLACE}
     if given - flags:
         parser.error(f'--resume takes its arguments from {folder}/args.json; leave out {", ".join(sorted(given - flags))}')
+    with contextlib.suppress(ValueError):
+        methods.load(args.method).add_args(parser)  # --chain is one of a method's own
     args.command, now = None, parser.parse_args(argv)
     for name in PLACE:
         if '--' + name.replace('_', '-') in given:
@@ -307,7 +317,7 @@ def row_words(table, row):
     return words
 
 
-def config_words(first, parser):
+def config_words(first):
     """The words of --config and --row, or none."""
     if first.config is None:
         if first.row is not None:
@@ -330,4 +340,6 @@ def check_words(parser, words, first):
         if flag not in flags or flag in ('--config', '--row', '--resume', '--out'):
             near = difflib.get_close_matches(flag, flags, 1)
             hint = f' (did you mean {near[0][2:]}?)' if near else ''
+            if flag.replace('--no-', '--', 1) in flags:  # a switch that has no opposite, given as false
+                hint = f' (leave {flag[5:]} out)'
             parser.error(f'{first.config}: unknown key {flag[2:]!r}{hint}')

@@ -2,7 +2,7 @@
 
     python bench.py                          everything below
     python bench.py threshold                the exact threshold search against one full sort (what the authors' code does)
-    python bench.py step                     a training step of each method against the dense step
+    python bench.py step                     a training step of the methods that change it against the dense one
     python bench.py amp                      --amp, --channels-last and both against the plain step
     python bench.py criteria                 the masks of NNI's pruners for torchvision's ResNet-50, from construction to zeros
     python bench.py pack                     networks packed by Dynamic Structure Pruning's masks against the dense ones
@@ -94,7 +94,7 @@ SMALL, LARGE = ('--model=resnet20', '--width=32'), ('--model=resnet50',)
 
 
 def trainer(device, size, batch, words=(), method='dense', target=0.9, network=SMALL):
-    """A function that makes one training step of a network with 100 classes, at full sparsity."""
+    """A function that makes one training step of a network with 100 classes, where the method's schedule has ended."""
     common = ['--dataset=cifar100', '--epochs=2', '--clip=3', *network]
     args = parse([f'--method={method}', f'--ptarget={target}', *common, *words])
     torch.manual_seed(0)
@@ -115,16 +115,16 @@ def trainer(device, size, batch, words=(), method='dense', target=0.9, network=S
 
     def step():
         nonlocal count
-        method.before_step(count)
+        method.before_step(min(count, 39))
         with autocast:
             loss = criterion(model(images), labels)
         extra = method.loss()
         optimizer.zero_grad()
         (loss if extra is None else loss + extra).backward()
-        method.after_backward(count)
+        method.after_backward(min(count, 39))
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
-        method.after_step(count, (images, labels))
+        method.after_step(min(count, 39), (images, labels))
         count += 1
 
     for _ in range(25):
@@ -250,7 +250,7 @@ def main():
     parser.add_argument('--repeats', type=int, default=60)
     parser.add_argument('--record', action='store_true', help='write what is printed to results/bench/<which>.md')
     sparse = ['feather', 'asl', 'st3', 'gmp', 'lrr', 'probmask']  # those that change the training step
-    parser.add_argument('--methods', nargs='+', choices=methods.names(), default=sparse, help='for step and memory')
+    parser.add_argument('--methods', nargs='+', choices=sparse, default=sparse, help='for step and memory')
     options = parser.parse_args()
     if unknown := set(options.which) - set(BENCHES):
         parser.error(f'there is no bench {sorted(unknown)[0]!r}; there are {", ".join(BENCHES)}')

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from export import eval_mode
+from export import eval_mode, read_in_place
 
 # Channel by channel, and zero where the input is zero.
 KEEP_ZERO = (
@@ -86,7 +86,7 @@ def channel_graph(model, example_input):
     """
     try:
         with torch.no_grad(), eval_mode(model):
-            traced = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
+            traced = fx.GraphModule(model, read_in_place(_Tracer().trace(model), model), type(model).__name__)
             reader = _Reader(traced)
             reader.run(example_input.clone())
     except Exception as error:  # whatever the model's code raises when it meets a symbolic value
@@ -150,7 +150,8 @@ class _Reader(fx.Interpreter):
         same = all(len(other) == len(shape) and other[:2] == shape[:2] for other in shapes)
         numbers = [arg for arg in node.args if isinstance(arg, (int, float))]
         if name in ADDS and same and not any(numbers):
-            return 'sum', sources, name in ('add', 'add_', 'iadd') and len(sources) == 2 and not node.kwargs
+            alike = all(other == shape for other in shapes) and all(source.op != 'get_attr' for source in sources)
+            return 'sum', sources, name in ('add', 'add_', 'iadd') and len(sources) == 2 and not node.kwargs and alike
         if name in MULTIPLIES and same:
             return 'product', sources, None
         if len(sources) == 1 and shape[:2] == shapes[0][:2]:

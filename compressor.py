@@ -52,10 +52,10 @@ ALGORITHMS = {
 }
 
 
-def algorithm(name, choices=tuple(ALGORITHMS)):
-    """The one-shot pruner class of a base_algo or pruning_algorithm. Raises ValueError for a name not among `choices`."""
-    if name not in choices:
-        raise ValueError(f'there is no pruning algorithm {name!r}{meant(name, choices)}; there are {", ".join(choices)}')
+def algorithm(name):
+    """The one-shot pruner class of a base_algo or pruning_algorithm. Raises ValueError for another name."""
+    if name not in ALGORITHMS:
+        raise ValueError(f'there is no pruning algorithm {name!r}{meant(name, ALGORITHMS)}; there are {", ".join(ALGORITHMS)}')
     return getattr(methods, ALGORITHMS[name])
 
 
@@ -101,13 +101,21 @@ def select_layers(model, config_list, required=('sparsity',), optional=(), types
         try:
             check_entry(entry, required, optional)
             for name, layer in matches(model, entry, types).items():
-                chosen[name] = (layer, entry)
+                chosen[name] = (layer, entry, number)
         except ValueError as error:
             raise ValueError(f'config_list[{number}] = {entry}: {error}') from None
     pruned = {name: chosen[name] for name, _ in model.named_modules() if name in chosen and not excludes(chosen[name][1])}
     if not pruned:
         raise ValueError('config_list excludes every layer that it names: nothing is left to prune')
-    return {name: layer for name, (layer, _) in pruned.items()}, {name: entry for name, (_, entry) in pruned.items()}
+    for name, (layer, entry, number) in pruned.items():
+        kind, fault = type(layer).__name__, None
+        if types is not None and kind not in types:
+            fault = f'{name} is a {kind}; this pruner takes {" and ".join(types)} only'
+        elif not isinstance(layer._parameters.get('weight'), nn.Parameter):
+            fault = f'{name}, a {kind}, has no weight to prune'
+        if fault:
+            raise ValueError(f'config_list[{number}] = {entry}: {fault}')
+    return {name: layer for name, (layer, *_) in pruned.items()}, {name: entry for name, (_, entry, _) in pruned.items()}
 
 
 def excludes(entry):
@@ -156,12 +164,12 @@ def matches(model, entry, types):
         raise ValueError(f'contradicts itself: {name} is a {type(named[name]).__name__}, which is not among its op_types')
     if not found:
         raise ValueError(f'no layer of the model has these op_types; it has {", ".join(kinds)}')
-    for name, module in {} if excludes(entry) else found.items():
-        kind = type(module).__name__
-        if types is not None and kind not in types:
-            raise ValueError(f'{name} is a {kind}; this pruner takes {" and ".join(types)} only')
-        if not isinstance(module._parameters.get('weight'), nn.Parameter):
-            raise ValueError(f'{name}, a {kind}, has no weight to prune')
+    for name in entry.get('op_names', ()) if excludes(entry) else ():
+        inside = (
+            [f'{name}.{child}' for child, _ in found[name].named_children()] if 'weight' not in found[name]._parameters else []
+        )
+        if inside:
+            raise ValueError(f'{name} is a {type(found[name]).__name__} and no layer itself; name those in it, as {inside[0]}')
     return found
 
 
@@ -289,6 +297,7 @@ def feeds(conv, norm):
     """Whether the one is a convolution and the other a batch norm of its size, with scale and shift."""
     return (
         isinstance(conv, nn.modules.conv._ConvNd)
+        and not conv.transposed  # whose filters lie in dimension 1
         and isinstance(norm, nn.modules.batchnorm._BatchNorm)
         and norm.num_features == conv.out_channels
         and norm.affine
@@ -493,6 +502,9 @@ class Compressor:
         if masks.keys() != self.layers.keys():
             raise ValueError(f'the masks are of {", ".join(masks)}; this pruner has {", ".join(self.layers)}')
         keep = {name: masks[name]['weight'].to(layer.weight.device).bool() for name, layer in self.layers.items()}
+        if odd := [name for name, mask in keep.items() if mask.shape != self.layers[name].weight.shape]:
+            shapes = [tuple(tensor.shape) for tensor in (keep[odd[0]], self.layers[odd[0]].weight)]
+            raise ValueError(f'the mask of {odd[0]} has the shape {shapes[0]}, its weight {shapes[1]}')
         self.set_masks(
             {name: mask.flatten(1).any(1) if self.FILTERS and mask.dim() > 1 else mask for name, mask in keep.items()}
         )
@@ -528,8 +540,14 @@ class Compressor:
         """Apply the masks if anything has changed a masked parameter; if not, do not touch it: a graph may need it as it is."""
         if self.bound and torch.compiler.is_compiling():
             return  # after_step() does, and this would break the graph
-        if self.dirty or self.parts and self.versions != [parameters[key]._version for parameters, key, _ in self.parts]:
+        changed = self.dirty or self.parts and self.versions != [parameters[key]._version for parameters, key, _ in self.parts]
+        if changed or not self.bound and self.revived():  # updates by hand may go through .data, which counts no version
             self.apply()
+
+    def revived(self):
+        """Whether something that is pruned is not zero."""
+        parts = [(parameters[key].detach(), factor) for parameters, key, factor in self.parts]
+        return any(bool((tensor * (1 - factor.to(tensor.device))).any()) for tensor, factor in parts)
 
     def __deepcopy__(self, memo):
         """A copy of the model, as for a running average, takes a copy of the pruner along in its hooks, but no optimizer."""

@@ -16,6 +16,8 @@ import torch.distributed as dist
 def start(device):
     """Join the processes that torchrun has started, if it has."""
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)  # where nccl moves what it sends
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 
 

@@ -594,7 +594,8 @@ def filter_pruned(names, every_nth, indices):
         if every_nth < 1:
             raise ValueError(f'fp_every_nth_conv must be 1 or more, or -1 for none, got {every_nth}')
         return names[every_nth - 1 :: every_nth]
-    indices = [] if indices in (-1, [-1]) else list(indices)
+    indices = [indices] if isinstance(indices, int) else list(indices)
+    indices = [] if indices == [-1] else indices
     if wrong := [index for index in indices if not 0 <= index < len(names)]:
         raise ValueError(f'fp_layer_indices holds {wrong[0]}, but the {len(names)} convolutions have indices from 0')
     return [names[index] for index in indices]

@@ -115,11 +115,25 @@ def trace(model):
             raise ValueError(f'layer {name or type(model).__name__} is parametrized: turn it into a plain layer first')
     try:
         with eval_mode(model):
-            graph = _Tracer().trace(model)
+            graph = read_in_place(_Tracer().trace(model), model)
     except Exception as error:  # whatever the model's own code raises when it meets a proxy
         raise ValueError(f'torch.fx cannot trace {type(model).__name__}: {_reason(error)}') from error
     if sum(node.op == 'placeholder' for node in graph.nodes) != 1:
         raise ValueError(f'{type(model).__name__} must take one tensor')
+    return graph
+
+
+def read_in_place(graph, model):
+    """Let what is read after an operation in place be its result, as it is in the model: y.add_(x) as a statement changes y."""
+    place, modules = {node: i for i, node in enumerate(graph.nodes)}, dict(model.named_modules())
+    for node in graph.nodes:
+        name = str(getattr(node.target, '__name__', node.target))
+        written = node.op in ('call_function', 'call_method') and (name.endswith('_') or name in ('iadd', 'isub', 'imul'))
+        written = (
+            written or node.kwargs.get('inplace') or node.op == 'call_module' and vars(modules[node.target]).get('inplace')
+        )
+        if written and isinstance(node.args[0], fx.Node):
+            node.args[0].replace_all_uses_with(node, lambda user, node=node: place[user] > place[node])
     return graph
 
 

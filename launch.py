@@ -56,14 +56,31 @@ def main():
         parser.error(str(error))
     if not any(rows for _, rows in jobs):
         parser.exit(1, f'launch: nothing matched {" ".join(words)}\n')
-    for path, rows in jobs:
-        if options.list:
-            list_rows(path, rows)
-        else:
-            run_rows(path, rows, options)
+    try:
+        for path, rows in jobs:
+            if options.record or options.publish:
+                check_recordable(path, rows)
+            if options.list:
+                list_rows(path, rows)
+            else:
+                run_rows(path, rows, options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, 'launch: interrupted; the same command goes on\n')
     unfinished = [str(out) for _, rows in jobs for _, _, out, words in rows if state_of(out, words) != 'finished']
     if unfinished and not options.list:
         parser.exit(1, f'launch: {len(unfinished)} of {sum(len(rows) for _, rows in jobs)} failed: {", ".join(unfinished)}\n')
+
+
+def check_recordable(path, rows):
+    """Raise ValueError where --record would write down something else than the table says."""
+    if not Path(path).resolve().is_relative_to(tables.CONFIGS):
+        raise ValueError(f'--record and --publish are for tables below configs/, not {path}')
+    for _, _, _, words in rows:
+        plain = [*words[:2], *words[-2:]]  # without the user's flags
+        if changed := arguments.differences(vars(arguments.parse(plain)), vars(arguments.parse(words))):
+            raise ValueError(f'--record is for the rows as the table has them, not with {", ".join(changed)}: change the table')
 
 
 def find(name):
@@ -116,26 +133,42 @@ def run_rows(path, rows, options):
     turns = turns_of(rows)
     for now in sorted(set(turns)):
         with ThreadPoolExecutor(options.parallel) as pool:
+            runs = []
             for number, ((row, seed, out, words), state) in enumerate(zip(rows, states, strict=True), 1):
                 if turns[number - 1] == now:
                     title = f'[{number}/{len(rows)}] {table} {row["id"]}, seed {seed}'
-                    pool.submit(run_row, title, state, out, words, options.parallel)
-    results = tables.of_folders([(row['id'], seed, out) for row, seed, out, _ in rows])
-    if options.record or options.publish:
-        tables.keep(table, results)
+                    runs.append(pool.submit(run_row, title, state, out, words, options.parallel))
+            try:
+                for run in runs:
+                    run.result()
+            except BaseException:  # Ctrl-C has reached the runs too
+                pool.shutdown(cancel_futures=True)
+                raise
+    ended = [
+        (row['id'], seed, out) for row, seed, out, words in rows if state_of(out, words).startswith(('finished', 'failed'))
+    ]
+    results = tables.of_folders(ended)  # not those of other arguments
     for _, _, out, words in rows if options.publish else ():
         if state_of(out, words) == 'finished':
             published.publish(out)
+    if options.record or options.publish:
+        tables.keep(table, results)
     print('\n' + tables.render(path, results), flush=True)
 
 
 def turns_of(rows):
-    """For each row how many of those above it have to come first, one after the other, as it starts from their weights."""
-    turns = []
-    for row, seed, *_ in rows:
-        source = Path(str(row.get('from', '')).replace('{seed}', str(seed))).name
-        above = zip(turns, rows, strict=False)
-        turns.append(max((turn + 1 for turn, (_, _, out, _) in above if out.name == source), default=0))
+    """For each row how many of those above it have to come first, one after the other.
+
+    A row waits for the one whose weights it starts from, and for those that share its --chain of rounds.
+    """
+    turns, seen = [], []
+    for _, seed, out, words in rows:
+        args = vars(arguments.parse(words))
+        source, chain = (str(args.get(name) or '').replace('{seed}', str(seed)) for name in ('from', 'chain'))
+        source = Path(source.removesuffix('/model.pt')).name
+        before = [turn for turn, (name, rounds) in zip(turns, seen, strict=True) if name == source or rounds == chain != '']
+        turns.append(max(before, default=-1) + 1)
+        seen.append((out.name, chain))
     return turns
 
 

@@ -3,7 +3,7 @@
 python main.py --model=resnet20 --ptarget=0.99                  Feather on CIFAR-100, as its paper's repository runs it
 python main.py --method dense --dataset digits --epochs 15      the dense control, on data that needs no download
 python main.py --config configs/quickstart.yaml --row feather-90
-python main.py --shrink RUN, --publish RUN, --evaluate FILE     what is done with a finished run; each has its own --help
+python main.py --shrink RUN, --publish RUN, --evaluate FILE     what is done with a finished run; with --help after it, more
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import record
 import shrink
 from args import parse
 from data import DataError, load
-from sparse_utils import count_zeros
+from sparse_utils import count_zeros, prunable_layers
 
 
 def main(argv=None):
@@ -36,14 +36,21 @@ def main(argv=None):
     args = parse(argv)
     try:
         device = pick_device(args)
+        if not args.command:
+            distributed.start(device)
+            if args.batch_size < distributed.world():
+                raise ValueError(f'--batch-size {args.batch_size} leaves nothing for some of {distributed.world()} processes')
+        if device.type == 'cpu' and args.device is None:
+            record.say('running on the CPU' + ('' if args.no_cuda else ': PyTorch finds no CUDA device'))
         if args.command:  # --publish, --evaluate: something with a run that is finished
             return published.act(args, device)
-        distributed.start(device)
         torch.manual_seed(args.seed)
         data = load(args, device)
         model = archs.build(
             args.model, data.num_classes, args.width, data.in_channels, data.image_size, args.dropout, args.bn_momentum
         )
+        if not prunable_layers(model, args.pthres):
+            raise ValueError(f'{args.model} has no convolution or linear layer with at least {args.pthres} weights')
         method = methods.load(args.method)(args)
         if run := vars(args).get('from'):
             method.start_from(model, record.weights(run.replace('{seed}', str(args.seed))))
@@ -227,8 +234,8 @@ class Job:
 
 def backward(method, fit, images, labels, size, parts):
     """Gradients of a step's mean loss over the `size` images that all processes have, in `parts` pieces -> sum of the losses."""
-    total = 0.0
-    for number, (some, their) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+    total, parts = 0.0, min(parts, max(size // distributed.world(), 1))  # as many in every process
+    for number, (some, their) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
         with fit.autocast:
             loss = fit.criterion(fit.forward(some), their)
         extra = method.loss() if number == 0 else None
@@ -241,9 +248,10 @@ def backward(method, fit, images, labels, size, parts):
 def pick_device(args):
     """--device, or the GPU number --gpu where there is one, else the CPU."""
     if args.device is None and (args.no_cuda or not torch.cuda.is_available()):
-        record.say('running on the CPU' + ('' if args.no_cuda else ': PyTorch finds no CUDA device'))
         return torch.device('cpu')
-    device = torch.device(args.device or f'cuda:{os.environ.get("LOCAL_RANK", args.gpu)}')
+    device = torch.device(args.device or f'cuda:{args.gpu}')
+    if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:  # torchrun: a GPU for each process
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f'there is no device {device}: PyTorch finds {torch.cuda.device_count()} CUDA devices')
     torch.backends.cudnn.benchmark = True
@@ -271,8 +279,9 @@ def lr_factor(args, step, batches):
     if args.lr_schedule == 'multistep':
         return args.lr_gamma ** sum(step >= milestone * total for milestone in args.lr_milestones)
     if args.lr_schedule == 'cosine':
-        cycle = (total - warmup) / (args.lr_restarts + 1)
-        return 0.5 * (1 + math.cos(math.pi * ((step - warmup) % cycle) / cycle))
+        span = total - warmup
+        phase = (step - warmup) * (args.lr_restarts + 1) % span / span  # exactly 0 at a restart
+        return 0.5 * (1 + math.cos(math.pi * phase))
     return 1.0
 
 

@@ -636,7 +636,7 @@ class _Builder(_Sketch):
         return alone, target
 
     def write_product(self, i, node, sources):
-        if any(x is None for x, _ in sources):
+        if any(x is None for x, _ in sources) or not self.targets[i]:
             return None, []
         return self.copy(i, self.arranged(i, node.inputs, [self.targets[i]] * len(sources))), self.targets[i]
 

@@ -8,7 +8,7 @@ Such a file is a torch.save of five entries, read with weights_only=True, so not
 about    JSON: result and arguments of the run, table and row, and name, shape and kind of each tensor
 dense    float32: the tensors that are mostly not zero, one after the other
 values   float32: the non-zero values of the others ('sparse')
-gaps     uint8, deflated: how many zeros stand before each of those values, in base 255
+gaps     uint8, deflated: how many zeros stand before each of those values, as bytes of 255 and one below
 counts   int64: batch norm's counters
 The state dict that is read back is equal to the bit, but that
 a zero has lost its sign.
@@ -111,7 +111,7 @@ def read(path):
         raise
     except Exception as error:  # wrong content shows as one of many exceptions
         reason = ' '.join(str(error).split())[:100]
-        raise record.RunError(f'{path} is no published weight file ({reason})') from None
+        raise record.RunError(f'{path} is no published weight file ({reason}); --publish RUN makes one') from None
 
 
 # ------------------------------------------------------------------------------------------------------------ publishing

@@ -45,7 +45,7 @@ def write_atomically(path, write):
     """Call write(file) on a temporary file beside `path`, then put it in place of `path` in one step; only rank 0 does."""
     if distributed.rank():
         return
-    temporary = path.with_name(path.name + '.tmp')
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         with open(temporary, 'wb') as file:
             write(file)
@@ -123,6 +123,8 @@ def claim(folder, lock, args):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f'another run is writing to {folder}; wait for it, or take another --out') from None
+    for leftover in folder.glob('*.tmp'):  # of a run that was killed while it wrote
+        leftover.unlink()
     before = read_json(folder / 'args.json')
     if before is None:
         if (folder / 'checkpoint.pt').exists():

@@ -92,13 +92,16 @@ def shrink(model, example_input, round_to=1, return_kept=False):
 
     model: any network that torch.fx can trace; it is left as it is, and the new one has the same classes, names and modes.
     example_input: a batch [B, ...] on the model's device. round_to: keep some dead filters, so that the number of filters of
-    every layer that loses any is a multiple of this, or all of them. A layer without live filters keeps one (or round_to).
+    every layer that loses any, but depthwise ones, is a multiple of this, or all of them. A layer without live filters keeps one (or round_to).
     return_kept: also return {tensor name: Kept}, for rebuild_optimizer(); tensors that are not in it are whole.
     Raises ValueError when the network cannot be traced, or when the outputs would differ, with the reason.
     """
     if round_to < 1:
         raise ValueError(f'round_to must be 1 or more, got {round_to}')
-    small = copy.deepcopy(model)
+    try:
+        small = copy.deepcopy(model)
+    except RuntimeError as error:  # a weight that is computed from others, as torch.nn.utils.prune leaves it
+        raise ValueError(f'the network cannot be copied; make its layers plain first, as prune.remove does ({error})') from None
     small.zero_grad()
     release(small)
     channels = Channels(small, example_input)
@@ -106,12 +109,20 @@ def shrink(model, example_input, round_to=1, return_kept=False):
     kept = channels.cut(left)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(example_input.shape, generator=generator).to(example_input)  # an example of zeros would show nothing
+    if not (example_input.is_floating_point() and _finite(small, noise)):  # numbers of words, or images that must be positive
+        noise = example_input
     difference = export.compare(model, small, noise)
     if not difference <= export.TOLERANCE:  # it may be NaN; rounding is no reason to refuse
         difference = export.compare(copy.deepcopy(model).double(), copy.deepcopy(small).double(), noise.double())
     if not difference <= export.TOLERANCE:
         raise ValueError(f'the smaller network would differ by {difference:.1e} of the largest output, so it is not made')
     return (small, kept) if return_kept else small
+
+
+def _finite(model, x):
+    with torch.no_grad(), export.eval_mode(model):
+        found = model(x)
+    return all(bool(one.isfinite().all()) for one in (found if isinstance(found, (tuple, list)) else [found]))
 
 
 def release(model):
@@ -424,7 +435,7 @@ def _apply(constants, function):
 
 
 def _zeros_only(constants):
-    return torch.where(constants == 0, 0.0, math.nan)
+    return torch.where(constants == 0, constants, math.nan)
 
 
 def _product(one, other):
@@ -649,8 +660,10 @@ def rebuild_optimizer(optimizer, old_model, new_model, kept):
         name = names[parameter]
         cut = {key: _cut_state(value, parameter, kept.get(name)) for key, value in state.items()}
         result.state[new[name]] = cut
+    trained = {id(parameter) for group in result.param_groups for parameter in group['params']}
     for name in made:
-        _home(result.param_groups, new, name)['params'].append(new[name])
+        if id(new[name.rpartition('.')[0] + '.weight']) in trained:
+            _home(result.param_groups, new, name)['params'].append(new[name])
     return result
 
 

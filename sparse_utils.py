@@ -321,7 +321,12 @@ class Pruner:
 
     @property
     def threshold(self):
-        """Current threshold, a float; a list, one a layer, unless the backbone is 'global'. Reading it waits for the GPU."""
+        """Current threshold, a float; a list, one a layer, unless the backbone is 'global'; None once they are baked in.
+
+        Reading it waits for the GPU.
+        """
+        if not any(parametrize.is_parametrized(layer, 'weight') for layer in self.layers.values()):
+            return None
         values = [operator.threshold.item() for operator, _ in self._groups]
         if not self._groups:
             values = [_adaptive(layer).threshold(_dense_weight(layer)).item() for layer in self.layers.values()]
@@ -369,7 +374,7 @@ class Pruner:
     def desparsify(self):
         """Bake the thresholded weights into plain layers of the original types, names and order; returns the model."""
         bake(self.layers.values())
-        self.layers, self._groups = {}, []
+        self._groups = []
         return self.model
 
     def state_dict(self):
@@ -377,7 +382,7 @@ class Pruner:
         return {'step': self.step, 'ratio': self._ratio, 'thresholds': [op.threshold.clone() for op, _ in self._groups]}
 
     def load_state_dict(self, state):
-        """Continue where state_dict() was taken. Raises ValueError when it belongs to another set of layers."""
+        """Continue where state_dict() was taken. Raises ValueError for another number of thresholds."""
         if len(state['thresholds']) != len(self._groups):
             raise ValueError(f'the state has {len(state["thresholds"])} thresholds, this pruner {len(self._groups)}')
         self.step, self._ratio = state['step'], state['ratio']

@@ -1,7 +1,7 @@
 """The protocol that every method follows, and how one is found: `--method x` is the class `Method` in methods/x.py.
 
-Adding a method is adding a file. Only what a paper changes is overridden; the loop in main.py calls the hooks in the order in
-which they stand here.
+Adding a method is adding a file. Only what a paper changes is overridden; the loop in main.py calls the hooks from start_from
+to facts in the order in which they stand here, and those after facts when a run is saved, continued or made of stages.
 """
 
 import difflib
@@ -94,13 +94,13 @@ class Method:
     def after_evaluation(self, line):
         """After the evaluation that ends the epoch; `line` is what will be logged."""
 
-    def facts(self):
-        """{name: plain value} for result.json, beside what is measured."""
-        return {}
-
     def finalize(self, model):
         """Turn the model into plain layers with plain names and exact zeros; returns the model."""
         return model
+
+    def facts(self):
+        """{name: plain value} for result.json, beside what is measured."""
+        return {}
 
     def state_dict(self):
         """What a resumed run needs and model.state_dict() does not hold: tensors and plain types."""

@@ -69,7 +69,7 @@ class Splitting:
             raise ValueError(f'{type(self.base).__name__} judges by training batches, and the trainer has run none')
         if isinstance(self.base, StatisticsPruner):
             distributed.average(list(scores.values()))
-        return self.base.choose(agree(scores, self.groups))
+        return agree(self.base.choose(agree(scores, self.groups)), self.groups)
 
     @torch.no_grad()
     def update(self):

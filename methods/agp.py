@@ -18,9 +18,9 @@ DEFAULT = {'initial_sparsity': 0.0, 'start_epoch': 0, 'frequency': 1}
 
 
 def sparsity_at(epoch, initial, final, start, end, frequency=1):
-    """The target share of zeros at an epoch from `start` on: the equation above."""
+    """The target share of zeros at an epoch: the equation above, and `initial` before `start`."""
     span = max((end - start - 1) // frequency * frequency, 0)
-    progress = min((epoch - start) / span, 1.0) if span else 1.0
+    progress = min(max((epoch - start) / span, 0.0), 1.0) if span else float(epoch >= start)
     return final + (initial - final) * (1 - progress) ** 3
 
 

@@ -120,7 +120,7 @@ def add_loss_args(parser):
 
 
 def threshold_groups(groups, model, args):
-    """Take the thresholds out of the parameter groups, into one of their own: lr / 100, no decay."""
+    """Take the thresholds out of the parameter groups, into one of their own: --r-lr or lr / 100, no decay."""
     thresholds = [operator.r for operator, _ in adaptive_layers(model).values() if operator.r.requires_grad]
     own = {id(r) for r in thresholds}
     groups = [group | {'params': [p for p in group['params'] if id(p) not in own]} for group in groups]

@@ -28,7 +28,7 @@ import distributed
 import export
 import record
 from args import positive
-from methods.admm import ADAM, Penalized, Splitting, add_admm_flags, either, optimize
+from methods.admm import ADAM, Penalized, Splitting, add_admm_flags, either, optimize, takes_callback
 from methods.netadapt import Cost, convolutions
 from methods.simulated_annealing import (
     CAP,
@@ -174,7 +174,8 @@ class AutoCompressPruner:
         """What criteria that watch training batches see: the trainer, for an epoch."""
         make = self.optimizer or (lambda parameters: torch.optim.Adam(parameters, **ADAM))
         criterion = self.criterion or nn.CrossEntropyLoss()
-        self.trainer(network, optimizer=make(network.parameters()), criterion=criterion, epoch=0, callback=None)
+        further = {'callback': lambda: None} if takes_callback(self.trainer) else {}
+        self.trainer(network, optimizer=make(network.parameters()), criterion=criterion, epoch=0, **further)
 
     def resume(self, name):
         """The masked networks of the rounds that have ended, [] if there are none of the same model and arguments."""

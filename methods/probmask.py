@@ -157,6 +157,8 @@ class Method(Base):
         return [*groups, {'params': self.scores, 'lr': 0.0, 'momentum': 0.0, 'weight_decay': 0.0}]
 
     def attach(self, fit):
+        if self.args.accumulate > 1 and self.args.samples > 1:
+            raise ValueError('--accumulate needs --samples 1: further samples see the whole batch at once')
         self.fit = fit
         if self.masks is None and self.args.samples > 1:  # no hook of the loop has the batch before the optimizer steps
             hooks = {fit.model: self.remember_images, fit.criterion: self.remember_labels}

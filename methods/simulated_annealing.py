@@ -199,7 +199,7 @@ class Search:
         return {name: count / score_count(self.base, name) for name, count in counts.items()}
 
     def as_config_list(self, shares):
-        """{layer: share} -> a config list with which the class of base_algo makes the same masks."""
+        """{layer: share} -> a config list with which the class of base_algo (slim: with global_sort=False) makes the same masks."""
         kinds = {name: type(layer).__name__ for name, layer in self.base.layers.items()}
         return [{'sparsity': share, 'op_types': [kinds[name]], 'op_names': [name]} for name, share in shares.items()]
 
@@ -362,6 +362,7 @@ class SimulatedAnnealingPruner(Search):
         """Any numbers, one a unit -> shares that meet the budget, ordered as the sizes."""
         sizes = [max(self.base.layers[name].weight.numel() for name in unit) for unit in self.units]
         budget = self.whole * (1 - self.target + 1e-9)
+        values = [value + 1e-6 * place for place, value in enumerate(values)]  # equal layers lose a filter one after the other
         return meet(arrange(values, sizes), lambda shares: self.left(self.counts(self.by_layer(shares))), budget, self.cap)
 
     def search(self):
@@ -370,7 +371,7 @@ class SimulatedAnnealingPruner(Search):
         self.importances = importance(self.base, self.statistics, self.groups)
         self.whole = self.left(dict.fromkeys(self.base.layers, 0))
         self.history = History(self.folder / 'search_history.csv', fingerprint(self.base.model, self.settings))
-        self.seen = {}  # counts -> score
+        self.seen, self.known = {}, {}  # counts -> score: in this search so far, and of the same one that was cut short
         number = len(self.units)
         best = current = self.candidate([self.target] * number)
         self.begin(current)
@@ -399,8 +400,7 @@ class SimulatedAnnealingPruner(Search):
         known, performance = self.history.known, self.evaluate(self.counts(self.by_layer(first)))
         same = known and math.isclose(known[0]['performance'], performance, rel_tol=1e-4, abs_tol=1e-12)
         self.history.rewrite(known if same else [])
-        for row in known if same else []:
-            self.seen[self.key(self.counts(row['shares']))] = row['performance']
+        self.known = {self.key(self.counts(row['shares'])): row['performance'] for row in (known if same else [])}
         if not same:
             self.note(first, performance, self.temperatures[0])
 
@@ -416,7 +416,10 @@ class SimulatedAnnealingPruner(Search):
     def value(self, values, temperature):
         """The utility of a candidate, evaluated if there was none of the same counts before."""
         counts = self.counts(self.by_layer(values))
-        if self.key(counts) not in self.seen:
+        key = self.key(counts)
+        if key in self.known:  # acceptance looks at the spread of what has been seen, so not earlier than at its turn
+            self.seen[key] = self.known[key]
+        elif key not in self.seen:
             self.note(values, self.evaluate(counts), temperature)
         return self.utility(self.seen[self.key(counts)])
 

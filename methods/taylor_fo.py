@@ -41,10 +41,10 @@ class TaylorFOWeightFilterPruner(StatisticsPruner):
         return [layer.weight.register_post_accumulate_grad_hook(partial(self.see, name)) for name, layer in layers]
 
     def before_step(self, *_):
-        if self.model.training:
-            for name, layer in self.layers.items():
-                if layer.weight.grad is not None:
-                    self.add(name, contributions(layer.weight))
+        reached = {name: layer for name, layer in self.layers.items() if layer.weight.grad is not None}
+        if self.model.training and reached:  # a step without gradients, as some warm-ups begin with, shows nothing
+            for name, layer in reached.items():
+                self.add(name, contributions(layer.weight))
             self.batch_done()
 
     def see(self, name, weight):

@@ -74,12 +74,12 @@ def points(table, results, filters):
 
 
 def draw_curves(table, results, filters=False):
-    """Accuracy against sparsity and MACs -> figure, or None when no method has a point beside the dense one."""
+    """Accuracy against sparsity and MACs -> figure, or None where lines would say nothing: fewer than four points on lines."""
     series = points(table, results, filters)
     dense = [point for name, found in series.items() for point in found if point[0] == 0]
     series = {name: sorted(point for point in found if point[0] > 0) for name, found in series.items()}
     series = {name: found for name, found in series.items() if found}
-    if not series:
+    if sum(len(found) for found in series.values() if len(found) > 1) < 4:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout='constrained')
     for number, (name, found) in enumerate(series.items()):

@@ -10,6 +10,7 @@ results/README.md repeat some of these pages, between the comments <!-- results/
 see to those too.
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -81,20 +82,22 @@ def render(path, results):
     head = ['row', 'paper', 'accuracy %', 'seeds', 'zeros', 'of weights', 'sparsity %', 'MMACs non-zero', 'of dense', 'minutes']
     shrinks = any('small_macs' in result for result in results.values())
     head += [*SHRUNK, *(TIMES if table['times'] else [])] if shrinks else []
+    files = {run: HERE / 'weights' / name_of(path) / '{}-s{}.pt'.format(*run) for run in results}
+    files = {run: file.stat().st_size / 1000 for run, file in files.items() if file.exists()}
+    head += ['kB published'] if files else []
     lines, origins = [], []
     for row in table['rows']:
         mine = {seed: result for (name, seed), result in results.items() if name == row['id']}
         runs = [result for result in mine.values() if result['status'] == 'finished']
         failures = [result['reason'] for result in mine.values() if result['status'] != 'finished']
         cells = figures(runs) if runs else ['failed' if failures else 'not run']
-        cells += shrunk(runs) if runs and shrinks else []
-        cells += [''] * len(head)
-        if runs:
-            cells.insert(1, ' '.join(str(seed) for seed, result in sorted(mine.items()) if result['status'] == 'finished'))
-            cells[0] += f' ({len(failures)} failed)' if failures else ''
-        else:
-            cells.insert(1, '')
-        lines.append([row['id'], paper(row), *cells[: len(head) - 2]])
+        cells[0] += f' ({len(failures)} failed)' if runs and failures else ''
+        cells.insert(1, ' '.join(str(seed) for seed, result in sorted(mine.items()) if result['status'] == 'finished'))
+        cells += shrunk(runs)[: len(SHRUNK) + 2 * table['times']] if runs and shrinks else []
+        cells = [row['id'], paper(row), *cells, *[''] * len(head)][: len(head)]
+        if sizes := [size for (name, _), size in files.items() if name == row['id']]:
+            cells[-1] = f'{mean(sizes):,.1f}'
+        lines.append(cells)
         origins += [f'{run["device"]}, torch {run["torch"]}, commit {run["commit"]}' for run in runs]
     if not any(published for _, published, *_ in lines):
         head, *lines = [[first, *rest] for first, _, *rest in [head, *lines]]  # a table of our own
@@ -162,9 +165,12 @@ def write_readmes():
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='write nothing; fail where a page is stale')
+    check = parser.parse_args().check
     tables = {name: results for name, results in recorded().items() if (CONFIGS / f'{name}.yaml').exists()}
     pages = {HERE / f'{name}.md': page(name, results) for name, results in tables.items()}
-    if '--check' in sys.argv[1:]:
+    if check:
         stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text() != text]
         stale += [str(path) for path in READMES if path.read_text() != readme(path)]
         sys.exit(f'not what the recorded runs say: {", ".join(stale)}; python results/table.py rewrites them' if stale else 0)

@@ -421,3 +421,38 @@ def test_autocompress_on_the_command_line(tmp_path, monkeypatch):
             with pytest.raises(Killed):
                 run_main(tmp_path / str(number), *words)
         assert same_state(run_main(tmp_path / str(number), *words)[1], state)
+
+
+def test_layers_of_a_group_with_other_shares_keep_the_union():
+    """Also where their shares differ: then the union, as with the one-shot pruners."""
+    model = nn.Sequential(*[module for _ in range(3) for module in (nn.Conv2d(10, 10, 3, padding=1), nn.ReLU())])
+    config_list = [{'sparsity': 0.2, 'op_names': ['2']}, {'sparsity': 0.5, 'op_names': ['4']}]
+    pruner = ADMMPruner(model, config_list, lambda model, **more: None, 1, 1, groups=[['2', '4']])
+    pruner.compress()
+    masks = [pruner.masks[name]['weight'].flatten(1).any(1) for name in ('2', '4')]
+    assert torch.equal(*masks) and int(masks[0].sum()) == 8
+
+
+@pytest.mark.parametrize('takes', [True, False])
+@pytest.mark.parametrize('base', ['taylorfo', 'apoz'])
+def test_autocompress_gives_statistics_with_any_documented_trainer(base, takes, tmp_path):
+    def train(model, optimizer, criterion, callback=None):
+        loss = criterion(model.train()(torch.randn(8, 1, 8, 8)), torch.randint(0, 10, (8,)))
+        optimizer.zero_grad()
+        loss.backward()
+        if takes:
+            callback()
+        optimizer.step()
+
+    def trainer(model, optimizer, criterion, epoch, callback):
+        train(model, optimizer, criterion, callback)
+
+    def plain(model, optimizer, criterion, epoch):
+        train(model, optimizer, criterion)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+    config_list, more = [{'sparsity': 0.5, 'op_types': ['Conv2d']}], {'base_algo': base, 'experiment_data_dir': str(tmp_path)}
+    more |= {'num_iterations': 1, 'admm_num_iterations': 1, 'admm_training_epochs': 1}
+    chosen = trainer if takes else plain
+    AutoCompressPruner(model, config_list, chosen, lambda model: 0.5, torch.randn(1, 1, 8, 8), **more).compress()

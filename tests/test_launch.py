@@ -120,10 +120,41 @@ def test_runs_side_by_side_are_the_runs_one_after_another(config, tmp_path, monk
 
 
 def test_side_by_side_a_row_waits_for_the_one_it_starts_from():
-    sources = ['', 'runs/t/a-s{seed}', 'runs/t/b-s{seed}', '', 'runs/t/b-s{seed}', 'runs/t/f-s{seed}', 'runs/t/elsewhere']
-    rows = [{'id': name} | ({'from': source} if source else {}) for name, source in zip('abcdefg', sources, strict=True)]
-    runs = [(row, seed, Path(f'runs/t/{row["id"]}-s{seed}'), []) for row in rows for seed in (0, 1)]
-    assert launch.turns_of(runs) == [0, 0, 1, 1, 2, 2, 0, 0, 2, 2, 0, 0, 0, 0]  # f names itself: main.py will say so
+    def turns(*rows):
+        runs = [(f'{name}-s{seed}', seed, [f'--{flag}' for flag in flags]) for name, *flags in rows for seed in (0, 1)]
+        return launch.turns_of([({}, seed, Path('runs/t', out), words) for out, seed, words in runs])
+
+    chained = ('method=lrr', 'chain=runs/t/c-{seed}')
+    rows = [('a',), ('b', 'from=runs/t/a-s{seed}'), ('c', 'from=runs/t/b-s{seed}/model.pt'), ('d',), ('e', 'from=elsewhere')]
+    assert turns(*rows, ('f', 'from=runs/t/f-s{seed}')) == [0, 0, 1, 1, 2, 2, 0, 0, 0, 0, 0, 0]  # main.py will refuse f
+    assert turns(('a', *chained), ('b',), ('c', *chained), ('d', *chained)) == [0, 0, 0, 0, 1, 1, 2, 2]  # seed by seed
+
+
+def test_what_is_recorded_is_what_the_table_says(config, tmp_path, monkeypatch, capfd):
+    assert run_launcher(monkeypatch, config, '--record', f'--runs={tmp_path}/runs') == 2
+    assert 'below configs/' in capfd.readouterr().err
+    assert run_launcher(monkeypatch, 'quickstart', '--record', '--lr=3', f'--runs={tmp_path}/runs') == 2
+    assert '--lr 0.1 -> 3.0' in capfd.readouterr().err and not (tmp_path / 'runs').exists()
+    folder = tmp_path / 'runs/tiny/dense-s0'
+    folder.mkdir(parents=True)
+    args = vars(arguments.parse([f'--config={config}', '--row=dense', f'--out={folder}']))
+    (folder / 'args.json').write_text(json.dumps(args | {'lr': 3.0}))
+    (folder / 'result.json').write_text(json.dumps({'status': 'finished', 'accuracy': 12.34, 'args': args}))
+    assert run_launcher(monkeypatch, config, '--row=dense', '--seed=0', f'--runs={tmp_path}/runs') == 1
+    out, err = capfd.readouterr()
+    assert 'other arguments' in out and '12.34' not in out and '1 of 1 failed' in err
+
+
+def test_ctrl_c_ends_the_launcher_and_starts_no_further_row(config, tmp_path, monkeypatch, capfd):
+    started = []
+
+    def run_row(title, *rest):
+        started.append(title)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, 'run_row', run_row)
+    assert run_launcher(monkeypatch, config, f'--runs={tmp_path}/runs') == 130
+    assert len(started) < 4 and 'interrupted' in capfd.readouterr().err
 
 
 def test_a_row_may_have_seeds_of_its_own(config, monkeypatch, capfd):

@@ -184,7 +184,7 @@ BAD = [
     (['--model=resnet21'], 1, 'unknown network'),
     (['--method=fether'], 2, 'did you mean feather'),
     (['--dataset=cifar11'], 2, "invalid choice: 'cifar11'"),
-    (['--ptarget=1.5'], 2, '--ptarget: is a fraction of zeros and must lie between 0 and 1, got 1.5'),
+    (['--ptarget=1.5'], 2, '--ptarget: is a fraction and must lie between 0 and 1, got 1.5'),
     (['--ptarget=-1'], 2, '--ptarget: is a fraction'),
     (['--ptarget=nan'], 2, '--ptarget: is a fraction'),
     (['--epochs=0'], 2, '--epochs: must be 1 or more, got 0'),
@@ -272,6 +272,25 @@ def test_learning_rate_by_hand():
     assert schedule(['--lr-schedule=constant', '--warmup-epochs=1'], [0, 4, 9, 10]) == pytest.approx(
         [1 / 11, 5 / 11, 10 / 11, 1]
     )
+
+
+@pytest.mark.parametrize(('epochs', 'restarts'), [(10, 5), (20, 11), (100, 5), (160, 5), (200, 5), (7, 3)])
+def test_a_restart_begins_at_the_full_learning_rate(epochs, restarts):
+    """As floats, 5 % (10 / 6) is 10 / 6 and not 0: an epoch at a learning rate of 0."""
+    args = parse([f'--epochs={epochs}', f'--lr-restarts={restarts}', '--lr-update=epoch'])
+    factors = [lr_factor(args, 23 * epoch, 23) for epoch in range(epochs)]
+    starts = [epoch for epoch in range(epochs) if epoch * (restarts + 1) % epochs == 0]
+    assert [factors[epoch] for epoch in starts] == [1] * len(starts) and min(factors) > 0
+
+
+def test_torchrun_gives_each_process_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
+    monkeypatch.setenv('LOCAL_RANK', '3')
+    assert program.pick_device(parse(['--device=cuda'])) == program.pick_device(parse([])) == torch.device('cuda:3')
+    assert program.pick_device(parse(['--device=cpu'])) == torch.device('cpu')
+    monkeypatch.delenv('LOCAL_RANK')
+    assert program.pick_device(parse(['--gpu=2'])) == torch.device('cuda:2')
 
 
 def test_cosine_is_pytorchs():

@@ -771,3 +771,65 @@ def test_deciding_together_by_hand():
     pruner.decide_together([['0', '1'], ['not pruned', '0']])
     pruner.compress()  # means 2.5, 2.5, 4: the first of the equal ones goes, in both
     assert [mask['weight'].flatten(1).any(1).tolist() for mask in pruner.masks.values()] == [[False, True, True]] * 2
+
+
+# ------------------------------------------------------------------------------------------------------- found in a review
+
+
+def test_slim_leaves_a_transposed_convolution_alone():
+    """Its filters lie in dimension 1: to set slices of dimension 0 to zero changes what is kept."""
+    model = nn.Sequential(nn.ConvTranspose2d(6, 8, 2, stride=2), nn.BatchNorm2d(8)).eval()
+    nn.init.uniform_(model[1].weight, 0.5, 1.5)
+    x = torch.randn(2, 6, 4, 4)
+    before = model(x)
+    pruner = SlimPruner(model, [{'sparsity': 0.5, 'op_types': ['BatchNorm2d']}])
+    pruner.compress()
+    kept = model[1].weight != 0
+    assert int(kept.sum()) == 4
+    torch.testing.assert_close(model(x)[:, kept], before[:, kept])
+
+
+@pytest.mark.parametrize('update', ['sub', 'copy', 'set'])
+def test_masks_hold_where_weights_are_changed_by_hand(update):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 2))
+    pruner = LevelPruner(model, [{'sparsity': 0.5, 'op_types': ['default']}])
+    pruner.compress()
+    for parameter in model.parameters():
+        if update == 'sub':
+            parameter.data -= 0.1
+        elif update == 'copy':
+            parameter.data.copy_(torch.ones_like(parameter))
+        else:
+            parameter.data = torch.ones_like(parameter)
+    model(torch.randn(1, 3, 8, 8))
+    assert int((model[0].weight == 0).sum()) == 108
+
+
+def test_taylor_waits_for_a_step_with_gradients():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    pruner = TaylorFOWeightFilterPruner(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}], optimizer)
+    pruner.compress()
+    optimizer.step()
+    assert pruner.masks == {} or (model[0].weight != 0).all()
+    model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+    assert int((model[0].weight.flatten(1) == 0).all(1).sum()) == 4
+
+
+def test_exclude_saves_layers_that_cannot_be_pruned_and_names_layers():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    every = {'sparsity': 0.5, 'op_types': ['BatchNorm2d']}
+    with pytest.raises(ValueError, match=r'config_list\[0\].*1, a BatchNorm2d, has no weight to prune'):
+        SlimPruner(model, [every])
+    assert list(SlimPruner(model, [every, {'exclude': True, 'op_names': ['1']}]).layers) == ['3']
+    nested = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)))
+    with pytest.raises(ValueError, match='1 is a Sequential and no layer itself; name those in it, as 1.0'):
+        L1FilterPruner(nested, [{'sparsity': 0.5, 'op_types': ['Conv2d']}, {'exclude': True, 'op_names': ['1']}])
+
+
+def test_masks_of_another_width_and_shares_before_the_start():
+    pruner = L1FilterPruner(nn.Sequential(nn.Conv2d(3, 10, 3)), [{'sparsity': 0.5, 'op_types': ['Conv2d']}])
+    with pytest.raises(ValueError, match=r'the mask of 0 has the shape \(8, 3, 3, 3\), its weight \(10, 3, 3, 3\)'):
+        pruner.load_masks({'0': {'weight': torch.ones(8, 3, 3, 3), 'bias': None}})
+    assert [sparsity_at(epoch, 0.1, 0.8, 2, 10) for epoch in (0, 1, 2)] == pytest.approx([0.1] * 3)

@@ -489,3 +489,32 @@ class Block8(nn.Module):
 
     def forward(self, x):
         return self.last(F.relu(x + self.conv2(F.relu(self.conv1(x)))))
+
+
+class Sums(nn.Module):
+    """c(x) plus something of another shape, or that is no result of a layer."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.stem, self.c, self.f = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 4)
+        self.what, self.row, self.map = what, nn.Parameter(torch.randn(1, 16, 1, 1)), nn.Parameter(torch.randn(1, 16, 8, 8))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        if self.what == 'pooled':
+            return self.f((self.c(x) + F.adaptive_avg_pool2d(x, 1)).mean((2, 3)))
+        if self.what == 'square':
+            return self.f((x + self.c(x * x)).mean((2, 3)))
+        return self.f((self.c(x) + (self.row if self.what == 'row' else self.map)).mean((2, 3)))
+
+
+@pytest.mark.parametrize('what', ['pooled', 'row', 'map', 'square'])
+@pytest.mark.parametrize('how', ['whole', 'branches', 'gathered'])
+def test_sums_that_broadcast_and_products_that_nobody_reads(what, how):
+    model = randomise(Sums(what)).eval()
+    if what == 'square':
+        model.c.weight.data.zero_(), model.c.bias.data.zero_()  # a dead block, whose factors live
+    else:
+        mask_by_groups(model, 2)
+    for batch in (1, 2):
+        assert_same(model, pack(model, torch.randn(batch, 3, 8, 8), how), size=8)

@@ -697,3 +697,48 @@ def test_the_test_set_has_no_say(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, 'read_digits', other_labels)
     assert same_state(one, run_main(tmp_path / 'b', *words)[1])
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_search_that_goes_on_accepts_what_the_whole_one_does(seed, tmp_path):
+    """The rule looks at the spread of the scores seen so far: those that were read from the file may not count too early."""
+
+    def five():
+        torch.manual_seed(0)
+        return nn.Sequential(*[nn.Conv2d(12, 12, 1) for _ in range(5)])
+
+    def score(model):  # depends on the masks alone
+        gone = [int((layer.weight.flatten(1) == 0).all(1).sum()) for layer in model]
+        return -float(sum((number - best) ** 2 for number, best in zip(gone, (9, 1, 8, 3, 9), strict=True)))
+
+    def run(folder, evaluator):
+        config_list = [{'sparsity': 0.5, 'op_types': ['Conv2d']}]
+        pruner = SimulatedAnnealingPruner(
+            five(), config_list, evaluator, experiment_data_dir=tmp_path / folder, search_steps=5, seed=seed
+        )
+        pruner.compress()
+        return pruner.result
+
+    whole = run('whole', score)
+    for stop in (4, 15, 40):
+        calls = itertools.count(1)
+
+        def stopped(model, calls=calls, stop=stop):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            return score(model)
+
+        with pytest.raises(KeyboardInterrupt):
+            run(f'stopped{stop}', stopped)
+        assert run(f'stopped{stop}', score) == whole
+    assert run('whole', score) == whole  # nothing is evaluated again but the first candidate
+
+
+@pytest.mark.parametrize(('layers', 'target'), [(19, 0.26), (10, 0.8)])
+def test_equal_layers_lose_filters_one_after_the_other(layers, target, tmp_path):
+    """All at once they would exceed the target by a filter a layer."""
+    model = nn.Sequential(*[nn.Conv2d(16, 16, 1) for _ in range(layers)])
+    config_list = [{'sparsity': target, 'op_types': ['Conv2d']}]
+    pruner = SimulatedAnnealingPruner(model, config_list, lambda model: 0.9, experiment_data_dir=tmp_path, search_steps=1)
+    pruner.compress()
+    assert 0 <= (pruner.result['sparsity'] - target) * 16 * layers < 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from conftest import run_main
 from torch import nn
 
@@ -751,3 +752,87 @@ def test_a_network_that_a_pruner_still_holds(trained):
     assert not small._forward_pre_hooks and model._forward_pre_hooks
     assert sum(p.numel() for p in small.parameters()) < 0.5 * sum(p.numel() for p in model.parameters())
     torch.testing.assert_close(small(example), model(example), rtol=1e-4, atol=1e-5)
+
+
+class Statements(nn.Module):
+    """Operations in place whose result nobody takes: y is read as they left it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.c1, self.c2, self.c3 = (nn.Conv2d(i, 6, 3, padding=1) for i in (3, 6, 6, 6))
+        self.norm, self.relu, self.f = nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = self.c1(x)
+        y.add_(self.c2(x))
+        F.relu_(y)
+        z = self.norm(self.c3(y))
+        self.relu(z)
+        return self.f((z + y).mean((2, 3)))
+
+
+def test_statements_in_place_are_seen():
+    from dsp_wrappers import PruneWrapper
+    from packing import pack
+
+    model, x = randomized(Statements()).eval(), images(2, 3, 8, 8)
+    expected = model(x)
+    PruneWrapper(model, 2, -1, example_input=x).initialize(0.0)
+    torch.testing.assert_close(model(x), expected)  # c2 is read, by way of y
+    for conv in (model.c1, model.c2):
+        conv.weight.data[:2] = conv.bias.data[:2] = 0
+    expected = model(x)
+    for small in (shrink(model, x), pack(model, x, 'whole')):
+        torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('last', [nn.Sigmoid(), nn.Softplus()])
+def test_unknown_constants_behind_padded_pooling(last):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(3, 1, padding=1), last, nn.Flatten(), nn.Linear(256, 2))
+    model[0].weight.data[:2] = model[0].bias.data[:2] = 0
+    x = images(2, 3, 8, 8)
+    torch.testing.assert_close(shrink(model, x)(x), model(x))
+
+
+def test_inputs_that_noise_cannot_stand_for():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.conv, self.f = nn.Embedding(11, 5), nn.Conv1d(5, 6, 3), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.f(F.relu(self.conv(self.words(x).transpose(1, 2))).mean(2))
+
+    class Logs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.f = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.f(F.relu(self.conv(torch.log(x))).mean((2, 3)))
+
+    for model, x in ((Words(), torch.randint(0, 11, (2, 9))), (Logs(), images(2, 3, 8, 8).abs() + 0.1)):
+        model.conv.weight.data[:2] = model.conv.bias.data[:2] = 0
+        small = shrink(model, x)
+        torch.testing.assert_close(small(x), model(x))
+        assert len(small.conv.weight) == 4
+
+
+def test_a_weight_that_is_computed_is_refused_by_name_of_the_remedy():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    torch.nn.utils.prune.ln_structured(model[0], 'weight', 0.5, 1, 0)
+    model(images(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r'prune\.remove'):
+        shrink(model, images(1, 3, 8, 8))
+
+
+def test_a_bias_that_shrinking_makes_is_trained_only_where_its_layer_is():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 5, 3, bias=False), nn.Flatten(), nn.Linear(80, 2))
+    model[0].weight.data[:2] = model[0].bias.data[:2] = 0  # what goes leaves a constant of 0.5 to the second convolution
+    x = images(1, 3, 8, 8)
+    small, kept = shrink(model, x, return_kept=True)
+    assert small[2].bias is not None
+    for trained in ([model[4].weight], [model[4].weight, model[0].bias]):
+        new = rebuild_optimizer(torch.optim.SGD(trained, 0.1), model, small, kept)
+        assert len(new.param_groups[0]['params']) == len(trained)

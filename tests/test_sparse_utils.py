@@ -238,6 +238,7 @@ def test_exact_zeros_and_identical_output(rate, backbone):
     assert sum(zeros for zeros, _ in count_zeros(model).values()) == sum(counts)
     assert list(model.state_dict()) == state
     assert [type(m) for m in model.modules()] == types
+    assert pruner.print_sparsity() == pytest.approx(100 * sum(counts) / sum(sizes)) and pruner.threshold is None
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())  # an optimizer goes on
     assert not any(parametrize.is_parametrized(m) for m in model.modules())
 
