@@ -5,14 +5,19 @@ In every case the run either ends as if nothing had happened, or is refused in o
 
 import errno
 import json
+import multiprocessing
 import os
+import random
 import shutil
+import time
 
 import pytest
 import torch
 from conftest import TINY, read_run, run_main, same_state
+from test_methods import QUICK
 
 import main as program
+import methods
 import record
 
 RUN = ['--method=gmp', '--frequency=1', '--ptarget=0.8', '--epochs=3']
@@ -178,3 +183,24 @@ def test_a_checkpoint_of_another_network_is_refused(whole, tmp_path, monkeypatch
     state['model'].popitem()
     torch.save(state, tmp_path / 'r' / 'checkpoint.pt')
     assert 'checkpoint.pt' in refusal(tmp_path / 'r', *RUN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(2))
+@pytest.mark.parametrize('name', methods.names())
+def test_killed_by_the_system_at_random_moments(name, seed, tmp_path):
+    """SIGKILL wherever the run is, four times, and then to the end; test_methods.py has every moment between two writes."""
+    words = [f'--method={name}', '--ptarget=0.8', *QUICK.get(name, [])]
+    began = time.perf_counter()
+    whole, expected = run_main(tmp_path / 'whole', *words)
+    seconds, dice = time.perf_counter() - began, random.Random(f'{name} {seed}')
+    for _ in range(4):
+        run = multiprocessing.get_context('fork').Process(target=run_main, args=(tmp_path / 'killed', *words))
+        run.start()
+        run.join(dice.uniform(0, seconds))
+        run.kill()
+        run.join()
+    result, state = run_main(tmp_path / 'killed', *words)
+    assert same_state(state, expected) and result['accuracy'] == whole['accuracy']
+    assert len((tmp_path / 'killed' / 'log.jsonl').read_text().splitlines()) == whole['epochs']
+    assert not list((tmp_path / 'killed').rglob('*.tmp'))
