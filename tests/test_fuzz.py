@@ -6,6 +6,7 @@ HYPOTHESIS_PROFILE=long ./launch tests tests/test_fuzz.py      twenty times as m
 import hashlib
 import io
 import json
+import math
 import os
 
 import pytest
@@ -15,8 +16,10 @@ from conftest import TINY, run_main
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from make_data import cifar10, mnist
+from torch import nn
 
 import args as arguments
+import compressor
 import data
 import export
 import launch
@@ -188,3 +191,39 @@ DESCRIPTIONS = st.fixed_dictionaries(
 @given(TREES | DESCRIPTIONS, st.dictionaries(st.text(max_size=5), st.just(torch.zeros(2)), max_size=2))
 def test_descriptions_of_networks(description, tensors):
     with_refusal(lambda: export.rebuild(description, tensors))
+
+
+KEYS = ['sparsity', 'op_types', 'op_names', 'exclude', 'initial_sparsity', 'final_sparsity', 'start_epoch', 'end_epoch']
+KEYS += ['frequency', 'prune_iterations', 'sparsty']
+SHARES = st.sampled_from([0.0, 0.3, 0.5, 0.999, 1.0, -1, math.nan, math.inf, True, '0.5', None])
+NAMES = st.lists(
+    st.sampled_from(['0', '1', '2', '3', '4', '5', '', '9', 'Conv2d', 'Linear', 'BatchNorm2d', 'default', 'ReLU', 3])
+)
+ENTRIES = st.dictionaries(st.sampled_from(KEYS), SHARES | NAMES | st.integers(-2, 9) | st.just('Conv2d'), max_size=5)
+LIKELY = st.fixed_dictionaries(
+    {'sparsity': st.sampled_from([0.0, 0.3, 0.5, 0.999])},
+    optional={'op_types': st.lists(st.sampled_from(['Conv2d', 'Linear', 'default'])), 'op_names': NAMES},
+)
+LEAVES_OUT = st.fixed_dictionaries({'exclude': st.just(True)}, optional={'op_types': NAMES, 'op_names': NAMES})
+
+
+@given(
+    st.lists(ENTRIES | LIKELY | LEAVES_OUT, max_size=4) | st.none() | ENTRIES, st.sampled_from(sorted(compressor.ALGORITHMS))
+)
+def test_config_lists(config_list, name):
+    """Taken, and then each layer has as many zeros as it was asked for, or refused in a sentence."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 5)]
+    model = nn.Sequential(*layers)
+    try:
+        pruner = compressor.algorithm(name)(model, config_list)
+    except ValueError as error:
+        assert str(error) and '\n' not in str(error)
+        return
+    assert set(pruner.layers) <= {'0', '1', '3', '5'}
+    assert all(0 <= entry['sparsity'] < 1 for entry in pruner.entries.values())
+    if not isinstance(pruner, compressor.StatisticsPruner):
+        pruner.compress()
+        for layer, entry in pruner.entries.items() if name != 'slim' else ():
+            scores = model[int(layer)].weight.flatten() if name == 'level' else model[int(layer)].weight.flatten(1).norm(dim=1)
+            wanted = min(compressor.num_pruned(len(scores), entry['sparsity']), len(scores) - 1)
+            assert int((scores == 0).sum()) == wanted
