@@ -115,16 +115,17 @@ def trainer(device, size, batch, words=(), method='dense', target=0.9, network=S
 
     def step():
         nonlocal count
-        method.before_step(min(count, 39))
+        now = min(count, 39)  # the last step of the schedule
+        method.before_step(now)
         with autocast:
             loss = criterion(model(images), labels)
         extra = method.loss()
         optimizer.zero_grad()
         (loss if extra is None else loss + extra).backward()
-        method.after_backward(min(count, 39))
+        method.after_backward(now)
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
-        method.after_step(min(count, 39), (images, labels))
+        method.after_step(now, (images, labels))
         count += 1
 
     for _ in range(25):

@@ -24,6 +24,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import args as arguments
 import published
@@ -68,7 +69,7 @@ def main():
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, 'launch: interrupted; the same command goes on\n')
-    unfinished = [str(out) for _, rows in jobs for _, _, out, words in rows if state_of(out, words) != 'finished']
+    unfinished = [str(run.out) for _, rows in jobs for run in rows if state_of(run.out, run.args) != 'finished']
     if unfinished and not options.list:
         parser.exit(1, f'launch: {len(unfinished)} of {sum(len(rows) for _, rows in jobs)} failed: {", ".join(unfinished)}\n')
 
@@ -77,9 +78,9 @@ def check_recordable(path, rows):
     """Raise ValueError where --record would write down something else than the table says."""
     if not Path(path).resolve().is_relative_to(tables.CONFIGS):
         raise ValueError(f'--record and --publish are for tables below configs/, not {path}')
-    for _, _, _, words in rows:
-        plain = [*words[:2], *words[-2:]]  # without the user's flags
-        if changed := arguments.differences(vars(arguments.parse(plain)), vars(arguments.parse(words))):
+    for run in rows:
+        plain = [*run.words[:2], *run.words[-2:]]  # without the user's flags
+        if changed := arguments.differences(vars(arguments.parse(plain)), run.args):
             raise ValueError(f'--record is for the rows as the table has them, not with {", ".join(changed)}: change the table')
 
 
@@ -93,22 +94,30 @@ def find(name):
     raise ValueError(f'there is no config {name!r}: give a YAML file, its name without .yaml, or a folder of them')
 
 
+class Run(NamedTuple):
+    """A row and a seed: its folder, the words for main.py, and what these mean."""
+
+    row: dict
+    seed: int
+    out: Path
+    words: list
+    args: dict
+
+
 def expand(path, options, flags):
-    """[(row, seed, run folder, words for main.py)] of a table, as far as --row and --seed ask for them."""
+    """The runs of a table that --row and --seed ask for. One that main.py would refuse ends the program, with its sentence."""
     table, rows = arguments.load_table(path), []
     for row in table['rows']:
         for seed in row['seeds'] if options.seed is None else [options.seed]:
             if options.row in (None, row['id']):
                 out = options.runs / tables.name_of(path) / f'{row["id"]}-s{seed}'
-                rows.append(
-                    (row, seed, out, [f'--config={path}', f'--row={row["id"]}', *flags, f'--seed={seed}', f'--out={out}'])
-                )
+                words = [f'--config={path}', f'--row={row["id"]}', *flags, f'--seed={seed}', f'--out={out}']
+                rows.append(Run(row, seed, out, words, vars(arguments.parse(words))))
     return rows
 
 
-def state_of(out, words):
-    """What the run folder holds. A row that main.py would refuse ends the program here, with main.py's sentence."""
-    wanted = vars(arguments.parse(words))
+def state_of(out, wanted):
+    """What the run folder holds of a run with the arguments `wanted`."""
     have, result = record.read_json(out / 'args.json'), record.read_json(out / 'result.json')
     if have is None:
         return 'not run'
@@ -122,35 +131,33 @@ def state_of(out, words):
 def list_rows(path, rows):
     print(f'{path}: {len(rows)} runs')
     width = max(len(row['id']) for row, *_ in rows) if rows else 0
-    for row, seed, out, words in rows:
+    for row, seed, out, _, args in rows:
         minutes = f'{row["minutes"]:g} min' if 'minutes' in row else 'time not known'
-        print(f'  {row["id"]:<{width}}  seed {seed}  {minutes:>14}  {state_of(out, words)}')
+        print(f'  {row["id"]:<{width}}  seed {seed}  {minutes:>14}  {state_of(out, args)}')
 
 
 def run_rows(path, rows, options):
     table = tables.name_of(path)
-    states = [state_of(out, words) for _, _, out, words in rows]  # all of them first: a typo in the last row shows at once
-    turns = turns_of(rows)
+    states, turns = [state_of(run.out, run.args) for run in rows], turns_of(rows)
     for now in sorted(set(turns)):
         with ThreadPoolExecutor(options.parallel) as pool:
-            runs = []
-            for number, ((row, seed, out, words), state) in enumerate(zip(rows, states, strict=True), 1):
-                if turns[number - 1] == now:
-                    title = f'[{number}/{len(rows)}] {table} {row["id"]}, seed {seed}'
-                    runs.append(pool.submit(run_row, title, state, out, words, options.parallel))
+            futures = []
+            for number, (run, state, turn) in enumerate(zip(rows, states, turns, strict=True), 1):
+                if turn == now:
+                    title = f'[{number}/{len(rows)}] {table} {run.row["id"]}, seed {run.seed}'
+                    futures.append(pool.submit(run_row, title, state, run.out, run.words, options.parallel))
             try:
-                for run in runs:
-                    run.result()
+                for future in futures:
+                    future.result()
             except BaseException:  # Ctrl-C has reached the runs too
                 pool.shutdown(cancel_futures=True)
                 raise
-    ended = [
-        (row['id'], seed, out) for row, seed, out, words in rows if state_of(out, words).startswith(('finished', 'failed'))
-    ]
-    results = tables.of_folders(ended)  # not those of other arguments
-    for _, _, out, words in rows if options.publish else ():
-        if state_of(out, words) == 'finished':
-            published.publish(out)
+    states = [state_of(run.out, run.args) for run in rows]
+    ended = [run for run, state in zip(rows, states, strict=True) if state.startswith(('finished', 'failed'))]
+    results = tables.of_folders([(run.row['id'], run.seed, run.out) for run in ended])  # not those of other arguments
+    for run, state in zip(rows, states, strict=True) if options.publish else ():
+        if state == 'finished':
+            published.publish(run.out)
     if options.record or options.publish:
         tables.keep(table, results)
     print('\n' + tables.render(path, results), flush=True)
@@ -162,8 +169,7 @@ def turns_of(rows):
     A row waits for the one whose weights it starts from, and for those that share its --chain of rounds.
     """
     turns, seen = [], []
-    for _, seed, out, words in rows:
-        args = vars(arguments.parse(words))
+    for _, seed, out, _, args in rows:
         source, chain = (str(args.get(name) or '').replace('{seed}', str(seed)) for name in ('from', 'chain'))
         source = Path(source.removesuffix('/model.pt')).name
         before = [turn for turn, (name, rounds) in zip(turns, seen, strict=True) if name == source or rounds == chain != '']

@@ -26,7 +26,7 @@ import record
 import shrink
 from args import parse
 from data import DataError, load
-from sparse_utils import count_zeros, prunable_layers
+from sparse_utils import count_zeros, layers_to_prune
 
 
 def main(argv=None):
@@ -49,8 +49,7 @@ def main(argv=None):
         model = archs.build(
             args.model, data.num_classes, args.width, data.in_channels, data.image_size, args.dropout, args.bn_momentum
         )
-        if not prunable_layers(model, args.pthres):
-            raise ValueError(f'{args.model} has no convolution or linear layer with at least {args.pthres} weights')
+        layers_to_prune(model, args.pthres)  # raises ValueError where there are none
         method = methods.load(args.method)(args)
         if run := vars(args).get('from'):
             method.start_from(model, record.weights(run.replace('{seed}', str(args.seed))))

@@ -34,17 +34,15 @@ class _Feather(torch.autograd.Function):
         # P_T(w) = w f with f = (1 - r^p)^(1/p) and r = T / max(|w|, T). Where |w| <= T, r is 1 and f exactly 0; elsewhere the
         # division rounds below 1, so no kept weight becomes zero; at T = 0, f is 1. All in place: memory traffic is the cost.
         magnitude = weight.abs()
-        ratio = torch.maximum(magnitude, torch.threshold(threshold, 0, 1), out=magnitude)
+        ratio, odd = torch.maximum(magnitude, torch.threshold(threshold, 0, 1), out=magnitude), p % 2 == 1
+        ratio = torch.div(-threshold if odd else threshold, ratio, out=ratio)  # (-r)^p is -(r^p): a pass less
         if p == math.inf:
-            factor = torch.div(threshold, ratio, out=ratio).lt_(1)
-        elif p % 2 == 1:  # (-r)^p is -(r^p): a pass less
-            factor = torch.div(-threshold, ratio, out=ratio).pow_(p)
-        else:
-            factor = torch.div(threshold, ratio, out=ratio).pow_(p).neg_()
-        if 1 < p < math.inf:  # log1p and exp2 cost half of what pow does
-            factor = factor.log1p_().mul_(1 / (p * math.log(2))).exp2_()
+            factor = ratio.lt_(1)
         elif p == 1:
-            factor = factor.add_(1)
+            factor = ratio.add_(1)
+        else:  # log1p and exp2 cost half of what pow does
+            power = ratio.pow_(p) if odd else ratio.pow_(p).neg_()
+            factor = power.log1p_().mul_(1 / (p * math.log(2))).exp2_()
         ctx.theta = theta
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(factor.ceil(), weight, threshold)
@@ -108,8 +106,8 @@ def global_threshold(weights, ratio, previous=None):
 
     weights: list of tensors, any shapes, one device. ratio in [0, 1]. The n absolute values are ranked together and T lies at
     position (n-1)*ratio, so |w| <= T holds for floor((n-1)*ratio) + 1 weights (more only where magnitudes tie with T).
-    previous: a guess of T, such as the last one, or the line through the last two; it only saves time. Returns a 0-d tensor on the weights' device.
-    Exact. O(n) on a CPU, a few passes over pieces that fit the cache; on a GPU a sort, which the host does not wait for.
+    previous: a guess of T, such as the last one, or the line through the last two; it only saves time.
+    Returns a 0-d tensor on the weights' device. Exact. O(n) on a CPU, a few passes over pieces that fit the cache; on a GPU a sort, which the host does not wait for.
     Raises ValueError for no weights, a ratio outside [0, 1], and (on a CPU, without `previous`) NaN or infinite weights.
     """
     if not 0 <= ratio <= 1:
@@ -125,6 +123,13 @@ def global_threshold(weights, ratio, previous=None):
     low, high = _neighbours(weights, n, k, min(k + 1, n - 1), previous)
     threshold = (low + (high - low) * (position - k)).to(dtype)
     return torch.where(threshold < high, threshold, low.to(dtype))  # rounded up to `high` it would prune one too many
+
+
+def next_threshold(operator):
+    """Where the line through the last two thresholds of a parametrization leads: a guess, for each step; it keeps the last one."""
+    guess = operator.before.lerp(operator.threshold, 2)
+    operator.before.copy_(operator.threshold)
+    return guess
 
 
 def _flat(tensor):
@@ -297,10 +302,7 @@ class Pruner:
         self._attach(pthres, backbone)
 
     def _attach(self, pthres, backbone):
-        layers = prunable_layers(self.model, pthres)
-        if not layers:
-            raise ValueError(f'the model has no convolution or linear layer with at least {pthres} weights')
-        self.layers = layers
+        self.layers = layers = layers_to_prune(self.model, pthres)
         self._groups = []  # (operator, whose weights share its threshold); none where thresholds are trained
         if backbone == 'asl':
             iter_sparsify(self.model, initial_thresh(self.final_rate), pthres=pthres, p=self.p, theta=self.theta)
@@ -348,8 +350,7 @@ class Pruner:
             if self._ratio == 0:
                 operator.threshold.zero_()
             else:
-                guess = operator.before.lerp(operator.threshold, 2)  # as far again as it has moved in the last step
-                operator.before.copy_(operator.threshold)
+                guess = next_threshold(operator)
                 operator.threshold.copy_(global_threshold([weight.original for weight in parametrized], self._ratio, guess))
 
     def _cubic(self, step):
@@ -442,9 +443,7 @@ def iter_sparsify(model, thresh, trainable=True, pthres=1000, *, p=math.inf, the
     """
     if not 0 <= float(thresh) <= 5:
         raise ValueError(f'thresh is in standard deviations and must lie in [0, 5], got {thresh}')
-    layers = prunable_layers(model, pthres)
-    if not layers:
-        raise ValueError(f'the model has no convolution or linear layer with at least {pthres} weights')
+    layers = layers_to_prune(model, pthres)
     operators = {}  # a tied weight has one threshold
     for layer in layers.values():
         operators.setdefault(id(_dense_weight(layer)), AdaptiveThreshold(thresh, trainable, p, theta).to(layer.weight.device))
@@ -522,6 +521,14 @@ def prunable_layers(model, pthres=0):
     """{name: layer} of all convolutions and linear layers with at least `pthres` weights (biases not counted)."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
     return {name: layer for name, layer in layers.items() if _dense_weight(layer).numel() >= pthres}
+
+
+def layers_to_prune(model, pthres=0):
+    """prunable_layers(), of which there must be one. Raises ValueError."""
+    layers = prunable_layers(model, pthres)
+    if not layers:
+        raise ValueError(f'the model has no convolution or linear layer with at least {pthres} weights')
+    return layers
 
 
 def _count(tensor):

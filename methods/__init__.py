@@ -114,6 +114,12 @@ class Method:
         if vars(self.args).get('from') is None:
             job.fit(Method(self.args), 'pretrain')
 
+    def fine_tune(self, job):
+        """The --finetune-epochs that a pipeline may end with, at a constant --finetune-lr."""
+        if self.args.finetune_epochs:
+            stage = {'epochs': self.args.finetune_epochs, 'lr': self.args.finetune_lr}
+            job.fit(self, 'finetune', **stage, lr_schedule='constant', warmup_epochs=0.0)
+
     def run(self, job):
         """One stage of training; pipelines override this with ordinary code over job.fit()."""
         job.fit(self)

@@ -26,9 +26,9 @@ from tqdm import tqdm
 import distributed
 import record
 from args import nonnegative, positive
-from compressor import ALGORITHMS, DEFAULT_TYPES, ActivationPruner, StatisticsPruner, algorithm, over
+from compressor import DEFAULT_TYPES, ActivationPruner, StatisticsPruner, algorithm, over
 from methods.level import OneShot, add_dependency_flag
-from methods.simulated_annealing import FOREVER
+from methods.simulated_annealing import FOREVER, add_base_flag
 from shrink import agree
 
 ADAM = {'lr': 1e-3, 'weight_decay': 5e-5}
@@ -267,8 +267,7 @@ class Method(Penalized):
     def add_args(cls, parser):
         super().add_args(parser)
         add_dependency_flag(parser)
-        help = 'the criterion that projects and prunes (default: %(default)s)'
-        parser.add_argument('--base-algo', choices=list(ALGORITHMS), default='l1', help=help)
+        add_base_flag(parser, 'projects and prunes')
         add_admm_flags(parser.add_argument, '--num-iterations', '--training-epochs')
 
     def make_pruner(self, model):
@@ -281,6 +280,4 @@ class Method(Penalized):
         self.split(job, 'admm', base, self.groups(job, job.model))
         self.pruner = base
         record.say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
-        if self.args.finetune_epochs:
-            stage = {'epochs': self.args.finetune_epochs, 'lr': self.args.finetune_lr}
-            job.fit(self, 'finetune', **stage, lr_schedule='constant', warmup_epochs=0.0)
+        self.fine_tune(job)

@@ -231,9 +231,7 @@ class Method(Penalized, Searching):
         whole, rounds = size(base), self.args.num_iterations
         for number in range(rounds):
             self.round(job, names, number + 1, whole * (1 - self.args.ptarget) ** ((number + 1) / rounds))
-        if self.args.finetune_epochs:
-            stage = {'epochs': self.args.finetune_epochs, 'lr': self.args.finetune_lr}
-            job.fit(self, 'finetune', **stage, lr_schedule='constant', warmup_epochs=0.0)
+        self.fine_tune(job)
         self.figures = gains(dense, job.model, self.example())
         export.save(job.model, job.folder / 'small', self.example(), run=str(job.folder))
 

@@ -16,7 +16,7 @@ import torch
 
 from args import nonnegative, positive
 from methods import Method as Base
-from sparse_utils import attach, bake, prunable_layers
+from sparse_utils import attach, bake, layers_to_prune
 
 
 def sparsity_at(step, start, end, initial, final):
@@ -61,9 +61,7 @@ class Masking(Base):
 
     def prepare(self, model, steps):
         self.finalize(model)
-        self.layers = prunable_layers(model, self.args.pthres)
-        if not self.layers:
-            raise ValueError(f'the model has no convolution or linear layer with at least {self.args.pthres} weights')
+        self.layers = layers_to_prune(model, self.args.pthres)
         names = {layer.weight: name for name, layer in self.layers.items()}  # a tied weight counts once
         self.weights = {name: weight for weight, name in names.items()}
         self.factors = {name: torch.ones_like(weight).detach() for name, weight in self.weights.items()}

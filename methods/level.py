@@ -121,9 +121,7 @@ class OneShot(Base):
         if groups := self.groups(job, job.model):
             self.pruner.decide_together(groups)
         self.prune(job)
-        if self.args.finetune_epochs:
-            stage = {'epochs': self.args.finetune_epochs, 'lr': self.args.finetune_lr}
-            job.fit(self, 'finetune', **stage, lr_schedule='constant', warmup_epochs=0.0)
+        self.fine_tune(job)
 
     def groups(self, job, model):
         """Layers whose filters go together, as none could be removed from a residual stream otherwise; none of other methods."""

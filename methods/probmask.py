@@ -29,7 +29,7 @@ from torch import nn
 
 from args import count, nonnegative, positive
 from methods import Method as Base
-from sparse_utils import attach, bake, prunable_layers
+from sparse_utils import attach, bake, layers_to_prune
 
 EPS = 1e-20  # e: log(0 + e) is -46, so that probabilities of 0 and 1 have finite values and gradients in float32
 SAMPLE_BATCHES = 10  # training batches on which --sample-masks compares
@@ -113,6 +113,8 @@ class Method(Base):
         super().__init__(args)
         if not 0 <= args.ramp_start < args.ramp_end <= 1:
             raise ValueError(f'the ramp must lie in [0, 1], but goes from {args.ramp_start:g} to {args.ramp_end:g}')
+        if args.accumulate > 1 and args.samples > 1:
+            raise ValueError('--accumulate needs --samples 1: further samples see the whole batch at once')
         self.gates, self.masks = [], None  # masks: a list, once they are fixed
         self.fit, self.hooks, self.images, self.labels = None, [], None, None
 
@@ -132,9 +134,7 @@ class Method(Base):
     def prepare(self, model, steps):
         if self.gates:
             return  # fine-tuning goes on with the same layers
-        self.layers = list(prunable_layers(model, self.args.pthres).values())
-        if not self.layers:
-            raise ValueError(f'the model has no convolution or linear layer with at least {self.args.pthres} weights')
+        self.layers = list(layers_to_prune(model, self.args.pthres).values())
         self.weights = list({id(layer.weight): layer.weight for layer in self.layers}.values())  # a tied weight has one score
         self.temperature = torch.ones((), device=self.weights[0].device)
         gates = {id(weight): Gate(weight, self.temperature) for weight in self.weights}
@@ -157,8 +157,6 @@ class Method(Base):
         return [*groups, {'params': self.scores, 'lr': 0.0, 'momentum': 0.0, 'weight_decay': 0.0}]
 
     def attach(self, fit):
-        if self.args.accumulate > 1 and self.args.samples > 1:
-            raise ValueError('--accumulate needs --samples 1: further samples see the whole batch at once')
         self.fit = fit
         if self.masks is None and self.args.samples > 1:  # no hook of the loop has the batch before the optimizer steps
             hooks = {fit.model: self.remember_images, fit.criterion: self.remember_labels}
@@ -263,6 +261,4 @@ class Method(Base):
         if self.args.sample_masks:
             self.draw_masks(job)
         self.fix_masks()
-        if self.args.finetune_epochs:
-            stage = {'epochs': self.args.finetune_epochs, 'lr': self.args.finetune_lr}
-            job.fit(self, 'finetune', **stage, lr_schedule='constant', warmup_epochs=0.0)
+        self.fine_tune(job)

@@ -460,6 +460,12 @@ def largest_share(args, target):
     return 1 - (1 - target) / 4 if args.max_sparsity is None else max(args.max_sparsity, target)
 
 
+def add_base_flag(parser, does):
+    """does: what the criterion of base_algo does in this method."""
+    help = f'the criterion that {does} (default: %(default)s)'
+    parser.add_argument('--base-algo', choices=list(ALGORITHMS), default='l1', help=help)
+
+
 class Searching(OneShot):
     """Pretrain, search on the validation split, fine-tune with the masks that were found."""
 
@@ -476,8 +482,7 @@ class Searching(OneShot):
     def add_args(cls, parser):
         super().add_args(parser)
         add_dependency_flag(parser)
-        help = 'the criterion that chooses filters, or weights (default: %(default)s)'
-        parser.add_argument('--base-algo', choices=list(ALGORITHMS), default='l1', help=help)
+        add_base_flag(parser, 'chooses filters, or weights')
 
     def run(self, job):
         self.job = job

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from methods import Method as Base
-from sparse_utils import attach, bake, global_threshold, prunable_layers
+from sparse_utils import attach, bake, global_threshold, layers_to_prune, next_threshold
 
 
 def l1(weights, ratio, previous=None):
@@ -158,9 +158,7 @@ class Method(Base):
     def prepare(self, model, steps):
         self.finalize(model)  # of a stage before this one
         self.batches = steps / self.args.epochs
-        self.layers = prunable_layers(model, self.args.pthres)
-        if not self.layers:
-            raise ValueError(f'the model has no convolution or linear layer with at least {self.args.pthres} weights')
+        self.layers = layers_to_prune(model, self.args.pthres)
         owners = {}  # a tied weight has one name and one operator
         for name, layer in self.layers.items():
             owner = owners.setdefault(id(layer.weight), name)
@@ -177,8 +175,7 @@ class Method(Base):
         share = progress(done, start, end, self.args.power) if self.args.ramp else float(done >= start)
         self.ratio = self.args.ptarget * share
         name, first = next(iter(self.operators.items()))
-        guess = {name: first.before.lerp(first.threshold, 2)}  # as far again as it has moved in the last step
-        first.before.copy_(first.threshold)
+        guess = {name: next_threshold(first)}
         new = self.criterion(self.weights, self.ratio, guess) if self.ratio > 0 else {}
         for name, operator in self.operators.items():
             operator.threshold.copy_(new[name]) if new else operator.threshold.zero_()

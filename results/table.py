@@ -153,7 +153,7 @@ def readme(path):
     """The text of a README with what it repeats from results/ as it stands there now, without the titles."""
 
     def included(match):
-        text = (HERE / match[1]).read_text()
+        _, _, text = (HERE / match[1]).read_text().partition('\n\n')
         return f'<!-- results/{match[1]} -->\n{text[text.index("|") if "|" in text else 0 :].strip()}\n<!-- end -->'
 
     return re.sub(r'<!-- results/(\S+) -->\n.*?<!-- end -->', included, path.read_text(), flags=re.DOTALL)

@@ -90,7 +90,7 @@ def test_tables(tmp_path_factory, text):
     table = with_refusal(lambda: arguments.load_table(path))
     for row in table['rows'] if table else ():
         try:
-            launch.state_of(path.parent / 'run', [f'--config={path}', f'--row={row["id"]}'])
+            launch.state_of(path.parent / 'run', vars(arguments.parse([f'--config={path}', f'--row={row["id"]}'])))
         except SystemExit as stop:
             assert stop.code == 2
 

@@ -122,7 +122,9 @@ def test_runs_side_by_side_are_the_runs_one_after_another(config, tmp_path, monk
 def test_side_by_side_a_row_waits_for_the_one_it_starts_from():
     def turns(*rows):
         runs = [(f'{name}-s{seed}', seed, [f'--{flag}' for flag in flags]) for name, *flags in rows for seed in (0, 1)]
-        return launch.turns_of([({}, seed, Path('runs/t', out), words) for out, seed, words in runs])
+        return launch.turns_of(
+            [launch.Run({}, seed, Path('runs/t', out), [], vars(arguments.parse(words))) for out, seed, words in runs]
+        )
 
     chained = ('method=lrr', 'chain=runs/t/c-{seed}')
     rows = [('a',), ('b', 'from=runs/t/a-s{seed}'), ('c', 'from=runs/t/b-s{seed}/model.pt'), ('d',), ('e', 'from=elsewhere')]
