@@ -31,10 +31,12 @@ from torch.profiler import ProfilerActivity, profile
 import archs
 import methods
 from args import parse
-from compressor import ALGORITHMS, StatisticsPruner, algorithm
-from dsp_wrappers import PruneWrapper
-from packing import fold, pack
-from record import hardware
+from deploy import fold, pack
+from harness.result import hardware
+from harness.training import make_optimizer, one_step
+from methods._algorithms import ALGORITHMS, algorithm
+from pruners.compressor import StatisticsPruner
+from pruners.group_pruning import PruneWrapper
 from sparse_utils import global_threshold
 
 
@@ -91,44 +93,38 @@ def bench_threshold(device, repeats, names):
 
 
 SMALL, LARGE = ('--model=resnet20', '--width=32'), ('--model=resnet50',)
+STEPS = 40  # of the schedule
 
 
 def trainer(device, size, batch, words=(), method='dense', target=0.9, network=SMALL):
     """A function that makes one training step of a network with 100 classes, where the method's schedule has ended."""
-    common = ['--dataset=cifar100', '--epochs=2', '--clip=3', *network]
+    common = ['--dataset=cifar100', '--epochs=2', '--clip=3', '--lr-schedule=constant', *network]
     args = parse([f'--method={method}', f'--ptarget={target}', *common, *words])
     torch.manual_seed(0)
     model = archs.build(args.model, 100, args.width, image_size=size).to(device)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(memory_format=layout)
     method = methods.load(args.method)(args)
-    method.prepare(model, 40)  # the target is reached after 20 steps, in the warm-up below
-    optimizer = torch.optim.SGD(method.param_groups(model), args.lr, momentum=args.momentum)
+    method.prepare(model, STEPS, args)
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
     labels = torch.randint(0, 100, (batch,), device=device)
-    autocast = torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
-    criterion, example = torch.nn.CrossEntropyLoss(), images[:1]
-    method.attach(
-        Namespace(model=model, forward=model, optimizer=optimizer, criterion=criterion, autocast=autocast, example=example)
+    fit = Namespace(
+        args=args,
+        batches=STEPS // args.epochs,
+        model=model,
+        forward=model,
+        optimizer=make_optimizer(args, method.param_groups(model, args)),
+        criterion=torch.nn.CrossEntropyLoss(),
+        autocast=torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext(),
+        example=images[:1],
     )
-    count = 0
+    method.attach(fit)
+    steps = itertools.count()
 
     def step():
-        nonlocal count
-        now = min(count, 39)  # the last step of the schedule
-        method.before_step(now)
-        with autocast:
-            loss = criterion(model(images), labels)
-        extra = method.loss()
-        optimizer.zero_grad()
-        (loss if extra is None else loss + extra).backward()
-        method.after_backward(now)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        method.after_step(now, (images, labels))
-        count += 1
+        one_step(method, fit, min(next(steps), STEPS - 1), (images, labels))  # the last step of the schedule, again and again
 
-    for _ in range(25):
+    for _ in range(25):  # the target is reached after 20
         step()
     return step
 

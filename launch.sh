@@ -56,6 +56,6 @@ if [ "${1:-}" = tests ]; then
 fi
 if [ "${1:-}" = verify ]; then
   shift
-  exec "$python" published.py "$@"
+  exec "$python" -m harness.published "$@"
 fi
-exec "$python" launch.py "$@"
+exec "$python" -m harness.launch "$@"

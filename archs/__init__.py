@@ -8,13 +8,13 @@ import re
 
 from torch import nn
 
-from archs.densenet import densenet40_24_bc
-from archs.lenet import lenet300_100
-from archs.mobilenet import mobilenet_v1
-from archs.resnet import cifar_resnet
-from archs.torchvision_resnet import torchvision_resnet
-from archs.vgg import vgg_bn
-from archs.wide_resnet import wrn
+from .densenet import densenet40_24_bc
+from .lenet import lenet300_100
+from .mobilenet import mobilenet_v1
+from .resnet import cifar_resnet
+from .torchvision_resnet import torchvision_resnet
+from .vgg import vgg_bn
+from .wide_resnet import wrn
 
 CIFAR_RESNETS = ['resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110']
 VGGS = ['vgg16', 'vgg19']
@@ -73,3 +73,8 @@ def build(name, num_classes, width=None, in_channels=3, image_size=32, dropout=0
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = bn_momentum
     return net
+
+
+def from_args(args, num_classes, in_channels, image_size):
+    """The network that a run's arguments (a Namespace with model, width, dropout and bn_momentum) ask for, on its data's shape."""
+    return build(args.model, num_classes, args.width, in_channels, image_size, args.dropout, args.bn_momentum)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from archs.init import kaiming_normal
+from .init import kaiming_normal
 
 GROWTH = 24
 LAYERS = 6  # per block: 3 blocks of 6 two-conv layers, stem, 2 transitions and classifier make depth 40

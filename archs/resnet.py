@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import nn
 
-from archs.init import kaiming_normal
+from .init import kaiming_normal
 
 
 class BasicBlock(nn.Module):

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from archs.init import kaiming_normal
+from .init import kaiming_normal
 
 # convs before each of the five max-pools
 CONVS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import nn
 
-from archs.init import kaiming_normal
+from .init import kaiming_normal
 
 
 class PreActBlock(nn.Module):

@@ -31,16 +31,16 @@ def __getattr__(name):
     """`from methods import LevelPruner`: imported when asked for, as the modules import this one."""
     if name not in PRUNERS:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(importlib.import_module(f'methods.{PRUNERS[name]}'), name)
+    return getattr(importlib.import_module(f'.{PRUNERS[name]}', __name__), name)
 
 
 class Method:
     """Dense training, and the base of every method."""
 
     DEFAULTS = {}  # flag defaults of the paper's example run, over those of args.py: {'epochs': 60, 'lr': 0.1}
-    FILTERS = False  # whether whole filters go, so that the result tells what shrinking the network gives
-    IDLE = False  # whether it adds parameters that the forward pass does not use
-    GIVES = 'zeros'  # 'zeros' in the original network, 'a smaller network', or 'the dense network'
+    filters = False  # whether whole filters go, so that the result tells what shrinking the network gives
+    idle = False  # whether it adds parameters that the forward pass does not use
+    gives = 'zeros'  # 'zeros' in the original network, 'a smaller network', or 'the dense network'
 
     def __init__(self, args):
         """args: the parsed command line. Raises ValueError for settings that cannot work together."""
@@ -58,19 +58,19 @@ class Method:
             reason = ' '.join(str(error).split())[:200]
             raise ValueError(f'the weights of --from do not fit {self.args.model}: {reason}') from None
 
-    def prepare(self, model, steps):
-        """Change the model for a stage of `steps` steps, before the optimizer exists; safe to call again."""
+    def prepare(self, model, steps, args):
+        """Change the model for a stage of `steps` steps, before the optimizer exists; safe to call again. args: the stage's own."""
 
-    def param_groups(self, model):
+    def param_groups(self, model, args):
         """Parameter groups for the optimizer. Default: no weight decay on biases and norms, unless --wd-all."""
         parameters = list(model.parameters())
-        decayed = [p for p in parameters if p.dim() > 1 or self.args.wd_all]
-        plain = [p for p in parameters if p.dim() <= 1 and not self.args.wd_all]
-        groups = [{'params': decayed, 'weight_decay': self.args.wd}, {'params': plain, 'weight_decay': 0.0}]
+        decayed = [p for p in parameters if p.dim() > 1 or args.wd_all]
+        plain = [p for p in parameters if p.dim() <= 1 and not args.wd_all]
+        groups = [{'params': decayed, 'weight_decay': args.wd}, {'params': plain, 'weight_decay': 0.0}]
         return [group for group in groups if group['params']]
 
     def attach(self, fit):
-        """Once the optimizer exists: fit has model, optimizer, criterion, autocast, example."""
+        """Once the optimizer exists: fit has the stage's args, model, forward, optimizer, criterion, autocast, example, batches."""
 
     def before_step(self, step):
         """Before the forward pass of step 0, 1, ...: thresholds, temperatures."""
@@ -78,11 +78,11 @@ class Method:
     def loss(self):
         """An extra loss to add to the cross-entropy, or None."""
 
-    def after_backward(self, step):
-        """Between backward and optimizer.step(): gradients may be read and changed."""
+    def after_backward(self, step, batch):
+        """Between backward and optimizer.step(): gradients may be read and changed; batch is (images, labels)."""
 
     def after_step(self, step, batch):
-        """After optimizer.step(); batch is (images, labels): masks, second passes."""
+        """After optimizer.step(): masks, second passes."""
 
     def after_epoch(self, epoch):
         """Before the evaluation that ends the epoch."""
@@ -127,7 +127,7 @@ class Method:
 
 def names():
     """The names that --method takes."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith('_'))
 
 
 def load(name):
@@ -136,4 +136,4 @@ def load(name):
         near = difflib.get_close_matches(name, names(), 1)
         hint = f' (did you mean {near[0]}?)' if near else ''
         raise ValueError(f'unknown method {name!r}{hint}; there are {", ".join(names())}')
-    return importlib.import_module(f'methods.{name}').Method
+    return importlib.import_module(f'.{name}', __name__).Method

@@ -17,19 +17,21 @@ On the command line the turns are a stage of the shared loop, `admm`, between pr
 """
 
 import inspect
-from argparse import Namespace
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import distributed
-import record
-from args import nonnegative, positive
-from compressor import DEFAULT_TYPES, ActivationPruner, StatisticsPruner, algorithm, over
-from methods.level import OneShot, add_dependency_flag
-from methods.simulated_annealing import FOREVER, add_base_flag
-from shrink import agree
+from pruners import processes
+from pruners.compressor import ActivationPruner, StatisticsPruner
+from pruners.processes import say
+from pruners.search import FOREVER
+from pruners.selection import agree, over
+
+from ._algorithms import algorithm
+from ._flags import nonnegative, positive
+from ._one_shot import OneShot, add_dependency_flag
+from ._search import add_base_flag
 
 ADAM = {'lr': 1e-3, 'weight_decay': 5e-5}
 
@@ -68,7 +70,7 @@ class Splitting:
         if scores is None:
             raise ValueError(f'{type(self.base).__name__} judges by training batches, and the trainer has run none')
         if isinstance(self.base, StatisticsPruner):
-            distributed.average(list(scores.values()))
+            processes.average(list(scores.values()))
         return agree(self.base.choose(agree(scores, self.groups)), self.groups)
 
     @torch.no_grad()
@@ -122,7 +124,7 @@ def optimize(splitting, trainer, num_iterations, training_epochs, optimizer=None
         further = {}
         handles.append(optimizer.register_step_pre_hook(splitting.penalize))
     try:
-        for _ in tqdm(range(num_iterations), 'ADMM', leave=False, disable=True if distributed.rank() else None):
+        for _ in tqdm(range(num_iterations), 'ADMM', leave=False, disable=True if processes.rank() else None):
             for epoch in range(training_epochs):
                 trainer(model, optimizer=optimizer, criterion=criterion, epoch=epoch, **further)
                 if steps and not splitting.calls:
@@ -216,23 +218,24 @@ class Penalized(OneShot):
 
     def __init__(self, args):
         super().__init__(args)
-        kind = algorithm(args.base_algo)
-        self.TYPES, self.FILTERS = kind.TYPES or DEFAULT_TYPES, kind.FILTERS
-        if args.compile and issubclass(kind, ActivationPruner):
+        if args.compile and issubclass(self.criterion(args), ActivationPruner):
             raise ValueError(f'--base-algo {args.base_algo} watches the layers in training, which --compile does not let it')
+
+    def criterion(self, args):
+        return algorithm(args.base_algo)
 
     def split(self, job, stage, base, groups):
         """The stage: --admm-iterations turns of --admm-epochs epochs; then the masks are made."""
-        args, self.splitting = self.args, Splitting(base, self.args.rho, groups)
+        args = self.args
+        self.splitting = Splitting(base, args.rho, groups)
         changes = {'epochs': args.admm_iterations * args.admm_epochs, 'optimizer': 'adam', 'lr': args.admm_lr, 'wd': 5e-5}
         changes |= {'lr_schedule': 'constant', 'warmup_epochs': 0.0}
-        self.args = Namespace(**vars(args) | changes)
         job.fit(self, stage, **changes)
         self.splitting.prune()
-        self.args, self.splitting = args, None
+        self.splitting = None
 
-    def after_backward(self, step):
-        super().after_backward(step)
+    def after_backward(self, step, batch):
+        super().after_backward(step, batch)
         if self.splitting is not None:
             self.splitting.penalize()
 
@@ -279,5 +282,5 @@ class Method(Penalized):
         self.pretrain(job)
         self.split(job, 'admm', base, self.groups(job, job.model))
         self.pruner = base
-        record.say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
+        say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
         self.fine_tune(job)

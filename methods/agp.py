@@ -9,9 +9,12 @@ follow the update, and prune then.
 On the command line AGP runs in the fine-tuning stage; --end-epoch is within it.
 """
 
-from args import count, nonnegative, positive
-from compressor import ALGORITHMS, DEFAULT_TYPES, ActivationPruner, algorithm, excludes, select_layers
-from methods.level import OneShot, add_dependency_flag
+from pruners.compressor import ActivationPruner
+from pruners.config_list import excludes, select_layers
+
+from ._algorithms import ALGORITHMS, algorithm
+from ._flags import count, nonnegative, positive
+from ._one_shot import OneShot, add_dependency_flag
 
 KEYS = ('initial_sparsity', 'start_epoch', 'end_epoch', 'frequency')
 DEFAULT = {'initial_sparsity': 0.0, 'start_epoch': 0, 'frequency': 1}
@@ -103,16 +106,17 @@ class Method(OneShot):
 
     def __init__(self, args):
         super().__init__(args)
-        self.TYPES = algorithm(args.algorithm).TYPES or DEFAULT_TYPES
-        self.FILTERS = algorithm(args.algorithm).FILTERS
         self.end = (args.finetune_epochs + 1) // 2 if args.end_epoch is None else args.end_epoch
         if not args.start_epoch < self.end <= args.finetune_epochs:
             raise ValueError(
                 f'AGP prunes in fine-tuning, from epoch {args.start_epoch} to {self.end}, which must lie in its {args.finetune_epochs} epochs'
             )
 
-        if args.compile and issubclass(algorithm(args.algorithm), ActivationPruner):
+        if args.compile and issubclass(self.criterion(args), ActivationPruner):
             raise ValueError(f'--algorithm {args.algorithm} watches the layers in training, which --compile does not let it')
+
+    def criterion(self, args):
+        return algorithm(args.algorithm)
 
     @classmethod
     def add_args(cls, parser):
@@ -140,8 +144,8 @@ class Method(OneShot):
     def prune(self, job):
         """Nothing at once: before_step() does it."""
 
-    def prepare(self, model, steps):
-        self.batches = steps // self.args.finetune_epochs
+    def prepare(self, model, steps, args):
+        self.batches = steps // args.epochs
 
     def before_step(self, step):
         if self.pruner is not None and step % self.batches == 0:

@@ -7,8 +7,9 @@ norm between the two; and the share pruned is given, where the paper prunes what
 rounds. Zeros are counted in the first training batches after compress(), on the command line before fine-tuning.
 """
 
-from compressor import ActivationPruner
-from methods.level import Watching
+from pruners.compressor import ActivationPruner
+
+from ._one_shot import Watching
 
 
 class ActivationAPoZRankFilterPruner(ActivationPruner):

@@ -20,8 +20,6 @@ initial r of frozen thresholds is sqrt(2) erfinv(starget), where their commented
 
 import torch
 
-from args import fraction, nonnegative
-from methods import Method as Base
 from sparse_utils import (
     adaptive_layers,
     adaptive_loss,
@@ -31,6 +29,9 @@ from sparse_utils import (
     iter_desparsify,
     iter_sparsify,
 )
+
+from . import Method as Base
+from ._flags import fraction, nonnegative
 
 
 class Method(Base):
@@ -64,15 +65,15 @@ class Method(Base):
         add('--no-trainable', dest='trainable', action='store_false', help='freeze the thresholds at the target')
         add('--exact', action='store_true', help='end on the exact count of zeros')
 
-    def prepare(self, model, steps):
+    def prepare(self, model, steps, args):
         iter_desparsify(model)
         target = self.args.ptarget
         thresh = initial_thresh(target, 0.6 if self.args.trainable else 1.0)
         iter_sparsify(model, thresh, self.args.trainable, self.args.pthres)
         self.model, self.steps_left = model, steps
 
-    def param_groups(self, model):
-        return threshold_groups(super().param_groups(model), model, self.args)
+    def param_groups(self, model, args):
+        return threshold_groups(super().param_groups(model, args), model, self.args)
 
     def attach(self, fit):
         if self.args.sparsity == 'flops':

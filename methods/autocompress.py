@@ -24,26 +24,20 @@ from functools import partial
 import torch
 from torch import nn
 
-import distributed
-import export
-import record
-from args import positive
-from methods.admm import ADAM, Penalized, Splitting, add_admm_flags, either, optimize, takes_callback
-from methods.netadapt import Cost, convolutions
-from methods.simulated_annealing import (
-    CAP,
-    Searching,
-    SimulatedAnnealingPruner,
-    add_annealing_flags,
-    annealing_options,
-    base_pruner,
-    fingerprint,
-    keep_counts,
-    largest_share,
-    snapshot,
-    trial,
-)
-from shrink import dependency_groups, gains, shrink
+from deploy.files import read_tensors, write_json, write_tensors
+from deploy.latency import gains
+from deploy.network_file import save
+from deploy.shrinking import dependency_groups, shrink
+from pruners import processes
+from pruners.cost import Cost, convolutions
+from pruners.processes import say
+from pruners.search import CAP, base_pruner, fingerprint, keep_counts, snapshot, trial
+
+from ._algorithms import algorithm
+from ._flags import positive
+from ._search import Searching, add_annealing_flags, annealing_options, largest_share
+from .admm import ADAM, Penalized, Splitting, add_admm_flags, either, optimize, takes_callback
+from .simulated_annealing import SimulatedAnnealingPruner
 
 
 def find_shares(model, names, budget, example_input, evaluator, groups, cap=lambda target: 1.0, **options):
@@ -126,7 +120,7 @@ class AutoCompressPruner:
             model, config_list, evaluator, **self.annealing, experiment_data_dir=experiment_data_dir, statistics=self.statistics
         )
         self.base, self.target, self.folder, self.evaluator = found.base, found.target, found.folder, evaluator
-        self.model, self.example, self.names, self.base_algo = model, dummy_input, list(found.base.layers), base_algo
+        self.model, self.example, self.names, self.kind = model, dummy_input, list(found.base.layers), algorithm(base_algo)
         self.open_folder, self.score, self.result = found.open_folder, found.score, None
         self.trainer, self.optimizer, self.criterion = trainer, optimizer, criterion
         self.admm = admm_num_iterations, admm_training_epochs
@@ -142,14 +136,14 @@ class AutoCompressPruner:
             budget = whole * (1 - self.target) ** ((number + 1) / self.num_iterations)
             self.round(network, number, budget)
             done.append(snapshot(network))
-            record.save({'search': name, 'rounds': done, 'rng': torch.get_rng_state()}, self.folder / 'autocompress_state.pt')
+            write_tensors({'search': name, 'rounds': done, 'rng': torch.get_rng_state()}, self.folder / 'autocompress_state.pt')
             network = self.smaller(network, done[-1])
         self.model.__dict__ = network.__dict__
-        self.base = base_pruner(self.base_algo, self.model, [{'sparsity': 0.0, 'op_names': self.names}])
+        self.base = base_pruner(self.kind, self.model, [{'sparsity': 0.0, 'op_names': self.names}])
         with trial(self.model):
             self.result = {'performance': self.score(), 'sparsity': 1 - weights_left(self.base) / whole}
-        record.write_json(self.result, self.folder / 'search_result.json')
-        if distributed.rank() == 0:
+        write_json(self.result, self.folder / 'search_result.json')
+        if processes.rank() == 0:
             (self.folder / 'autocompress_state.pt').unlink(missing_ok=True)
         return self.model
 
@@ -159,7 +153,7 @@ class AutoCompressPruner:
         folder = self.folder / f'round{number + 1}'
         options = {**self.annealing, 'experiment_data_dir': folder, 'statistics': self.statistics}
         config_list, _ = find_shares(network, self.names, budget, self.example, self.evaluator, groups, **options)
-        splitting = Splitting(base_pruner(self.base_algo, network, config_list), self.row, groups)
+        splitting = Splitting(base_pruner(self.kind, network, config_list), self.row, groups)
         optimizer = None if self.optimizer is None else self.optimizer(network.parameters())
         optimize(splitting, self.trainer, *self.admm, optimizer, self.criterion)
         splitting.prune()
@@ -182,7 +176,7 @@ class AutoCompressPruner:
         path = self.folder / 'autocompress_state.pt'
         if not path.exists():
             return []
-        state = record.load(path, self.example.device)
+        state = read_tensors(path, self.example.device)
         if state['search'] != name:
             return []
         torch.set_rng_state(state['rng'].cpu())
@@ -193,7 +187,7 @@ class AutoCompressPruner:
         if self.result is None:
             raise ValueError('call compress() before export_model()')
         if mask_path is not None:
-            record.say('AutoCompress exports the smaller network, which has no masks: mask_path is not written')
+            say('AutoCompress exports the smaller network, which has no masks: mask_path is not written')
         self.base.pending = False
         self.base.export_model(model_path, None, onnx_path, input_shape, device)
 
@@ -202,12 +196,12 @@ class AutoCompressPruner:
 
 
 class Method(Penalized, Searching):
-    GIVES = 'a smaller network'
+    gives = 'a smaller network'
     figures = {}
 
     def __init__(self, args):
         super().__init__(args)
-        self.FILTERS = False  # what the smaller network gives is measured here, against the whole one
+        self.filters = False  # what the smaller network gives is measured here, against the whole one
 
     def facts(self):
         return self.figures
@@ -225,7 +219,7 @@ class Method(Penalized, Searching):
         self.job = job
         self.announce(job.model)
         names = self.layer_names(job.model)[0]
-        base = base_pruner(self.args.base_algo, job.model, [{'sparsity': 0.0, 'op_names': names}])
+        base = base_pruner(self.criterion(self.args), job.model, [{'sparsity': 0.0, 'op_names': names}])
         dense = copy.deepcopy(job.model)
         self.pretrain(job)
         whole, rounds = size(base), self.args.num_iterations
@@ -233,7 +227,7 @@ class Method(Penalized, Searching):
             self.round(job, names, number + 1, whole * (1 - self.args.ptarget) ** ((number + 1) / rounds))
         self.fine_tune(job)
         self.figures = gains(dense, job.model, self.example())
-        export.save(job.model, job.folder / 'small', self.example(), run=str(job.folder))
+        save(job.model, job.folder / 'small', self.example(), run=str(job.folder))
 
     def example(self):
         return next(iter(self.job.test))[0][:1]
@@ -244,8 +238,8 @@ class Method(Penalized, Searching):
         options['experiment_data_dir'] = job.folder / f'round{number}'
         options['cap'] = partial(largest_share, args)
         config_list, found = find_shares(job.model, names, budget, self.example(), self.evaluator, groups, **options)
-        record.say(f'round {number}: found a split of validation accuracy {found["performance"]:.2f} %')
-        self.split(job, f'admm{number}', base_pruner(args.base_algo, job.model, config_list), groups)
+        say(f'round {number}: found a split of validation accuracy {found["performance"]:.2f} %')
+        self.split(job, f'admm{number}', base_pruner(self.criterion(args), job.model, config_list), groups)
         job.model = shrink(job.model, self.example())
-        left = weights_left(base_pruner(args.base_algo, job.model, config_list))
-        record.say(f'round {number}: {left:,} weights are left in the pruned layers, accuracy {job.evaluate(job.test):.2f} %')
+        left = weights_left(base_pruner(self.criterion(args), job.model, config_list))
+        say(f'round {number}: {left:,} weights are left in the pruned layers, accuracy {job.evaluate(job.test):.2f} %')

@@ -1,7 +1,7 @@
 """Dynamic Structure Pruning (Park, Kim, Kim, Choi and Lee, "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023,
 arXiv 2303.09736): filter groups are learned with the weights, then each group loses its least important input channels.
 
-    from methods.dsp import *      gives GroupWrapper, PruneWrapper and pack, for your own training loop; see dsp_wrappers.py
+    from methods.dsp import *      gives GroupWrapper, PruneWrapper and pack, for your own training loop; see pruners/group_learning.py
 
 --method dsp is the authors' pipeline, in stages that --stage runs alone, each from the weights that --from names:
 pretrain   the dense network, --epochs
@@ -17,20 +17,23 @@ Pruned FLOPs and weights are counted over the grouped convolutions alone, as in 
 of shortcuts, and the classifier; the whole network's share is printed beside it. masks.pt holds their masks.
 Deviations: pruned weights stay at zero with their momentum; the learning rate warms up linearly in the first two epochs, where
 the authors take a quarter of it; the best network of a cycle is that of this cycle's epochs. For those of the two learning
-steps see dsp_wrappers.py.
+steps see pruners/group_learning.py and group_pruning.py.
 """
-
-from argparse import Namespace
 
 from torch import nn
 
-import export
-import record
-from args import count, fraction, nonnegative, positive
-from dsp_wrappers import GroupWrapper, PruneWrapper, filter_pruned, group_convs, set_group, strip
-from methods import Method as Base
-from packing import pack
-from shrink import gains
+from deploy.files import write_tensors
+from deploy.formats import write_pt2, write_torchscript
+from deploy.latency import gains
+from deploy.network_file import save
+from deploy.outputs import TOLERANCE, compare
+from deploy.packing import pack
+from pruners.group_learning import GroupWrapper, group_convs, set_group, strip
+from pruners.group_pruning import PruneWrapper, filter_pruned
+from pruners.processes import say
+
+from . import Method as Base
+from ._flags import count, fraction, nonnegative, positive
 
 __all__ = ['GroupWrapper', 'PruneWrapper', 'pack']
 
@@ -45,8 +48,7 @@ def default_fp_every(model):
 
 
 class Method(Base):
-    IDLE = True  # the group logits
-    FILTERS = True
+    idle = True  # the group logits
     DEFAULTS = {
         'model': 'resnet20',
         'dataset': 'cifar10',
@@ -72,8 +74,14 @@ class Method(Base):
         self.started, self.learned = started, {}  # {convolution: its group logits} of the run that --from names
         self.stage, self.steps, self.fit, self.grouper, self.pruner = None, 0, None, None, None
         self.best, self.best_score, self.figures = None, -1.0, {}
+        self.packed = False
         if args.stage in ('pretrain', 'group'):
-            self.GIVES = 'the dense network'
+            self.gives = 'the dense network'
+
+    @property
+    def filters(self):
+        """What packing gives is measured here, and is more than shrinking would."""
+        return not self.packed
 
     @staticmethod
     def add_args(parser):
@@ -136,13 +144,13 @@ class Method(Base):
 
     # ------------------------------------------------------------------------------------------------ hooks of the loop
 
-    def prepare(self, model, steps):
+    def prepare(self, model, steps, args):
         self.steps = steps
 
     def attach(self, fit):
         self.fit = fit
         if self.stage == 'group':
-            a, more = self.args, {'autocast': fit.autocast, 'forward': fit.forward, 'say': record.say}
+            a, more = self.args, {'autocast': fit.autocast, 'forward': fit.forward, 'say': say}
             settings = a.regularize, self.steps, a.groups, a.temperature, fit.example
             more |= {'exclude': a.exclude, 'accumulate': a.accumulate}
             self.grouper = GroupWrapper(fit.model, fit.optimizer, fit.criterion, *settings, **more)
@@ -205,11 +213,11 @@ class Method(Base):
         if stage in ('all', 'prune', 'finetune'):
             self.prune(job, a.prune)
             self.finetune(job, a.cycles if a.finetune_epochs and stage != 'prune' else 0)
-            record.save({name: mask.cpu() for name, mask in self.pruner.masks().items()}, job.folder / 'masks.pt')
+            write_tensors({name: mask.cpu() for name, mask in self.pruner.masks().items()}, job.folder / 'masks.pt')
         if stage == 'pack' or a.pack:
             self.finalize(job.model)
             self.figures |= write_packed(job)
-            self.FILTERS = False  # what packing gives is measured here, and is more than shrinking would
+            self.packed = True
 
     def check(self, job):
         """Raise ValueError for layers that are not there now, not after hours of pretraining."""
@@ -222,7 +230,6 @@ class Method(Base):
 
     def train(self, job, stage, **changes):
         """One stage of training; the model is then that of the selected epoch."""
-        self.args = Namespace(**vars(job.args) | changes)
         self.stage, self.best, self.best_score = stage, None, -1.0
         job.fit(self, stage, **changes)
         if self.best is not None:
@@ -234,7 +241,7 @@ class Method(Base):
             a = job.args
             example = next(iter(job.test))[0][:1]
             settings = a.groups, self.fp_every(), a.fp_layers, example, a.round_to
-            self.pruner = PruneWrapper(job.model, *settings, exclude=a.exclude, say=record.say)
+            self.pruner = PruneWrapper(job.model, *settings, exclude=a.exclude, say=say)
             self.take_groups(self.pruner.convs)
         flops, weights = self.pruner.initialize(rate)
         self.figures = {'flops_pruned': flops / 100, 'weights_pruned': weights / 100}
@@ -266,15 +273,15 @@ def write_packed(job):
     images = next(iter(job.test))[0]
     example = images[: job.args.pack_batch]
     packed = pack(job.model, example)
-    difference = export.compare(job.model, packed, images)
-    if not difference <= export.TOLERANCE:
+    difference = compare(job.model, packed, images)
+    if not difference <= TOLERANCE:
         raise ValueError(f'the outputs of the packed network differ by {difference:.1e} of the largest')
-    export.save(packed, job.folder / 'packed', example)
-    export.write_pt2(packed, example, job.folder / 'packed.pt2')
+    save(packed, job.folder / 'packed', example)
+    write_pt2(packed, example, job.folder / 'packed.pt2')
     if job.args.torchscript:
-        export.write_torchscript(packed, example, job.folder / 'packed.ts')
+        write_torchscript(packed, example, job.folder / 'packed.ts')
     result = gains(job.model, packed, example)
-    record.say(
+    say(
         '\n'.join(packed.meta['layers'])
         + f'\npacked: {result["small_parameters"]:,} of {result["dense_parameters"]:,} parameters, '
         + f'outputs equal to {difference:.0e} of the largest'

@@ -7,9 +7,10 @@ and at the end of every epoch. Deviations: those named in sparse_utils.py.
 
 import math
 
-from methods import Method as Base
-from methods.asl import add_loss_args, threshold_groups
 from sparse_utils import Pruner, adaptive_loss
+
+from . import Method as Base
+from .asl import add_loss_args, threshold_groups
 
 
 class Method(Base):
@@ -50,7 +51,7 @@ class Method(Base):
 
         add_loss_args(parser)
 
-    def prepare(self, model, steps):
+    def prepare(self, model, steps, args):
         if self.pruner is not None:
             self.pruner.desparsify()
         args = self.args
@@ -67,8 +68,8 @@ class Method(Base):
             backbone=args.backbone,
         )
 
-    def param_groups(self, model):
-        groups = super().param_groups(model)
+    def param_groups(self, model, args):
+        groups = super().param_groups(model, args)
         return threshold_groups(groups, model, self.args) if self.args.backbone == 'asl' else groups
 
     def before_step(self, step):

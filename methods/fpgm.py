@@ -9,8 +9,9 @@ precision, without a loop over filters.
 
 import torch
 
-from compressor import FilterPruner
-from methods.level import OneShot
+from pruners.compressor import FilterPruner
+
+from ._one_shot import OneShot
 
 
 class FPGMPruner(FilterPruner):
@@ -29,4 +30,4 @@ def distances(filters):
 
 
 class Method(OneShot):
-    PRUNER, TYPES = FPGMPruner, ('Conv2d',)
+    PRUNER = FPGMPruner

@@ -14,9 +14,10 @@ Deviation: the paper leaves the momentum of a pruned weight open; here it is cle
 
 import torch
 
-from args import nonnegative, positive
-from methods import Method as Base
 from sparse_utils import attach, bake, layers_to_prune
+
+from . import Method as Base
+from ._flags import nonnegative, positive
 
 
 def sparsity_at(step, start, end, initial, final):
@@ -59,7 +60,7 @@ class Masking(Base):
     regrow, fit = False, None
     layers, weights, factors = {}, {}, {}  # by name; factors are the masks as 0 and 1, which is fastest to multiply by
 
-    def prepare(self, model, steps):
+    def prepare(self, model, steps, args):
         self.finalize(model)
         self.layers = layers_to_prune(model, self.args.pthres)
         names = {layer.weight: name for name, layer in self.layers.items()}  # a tied weight counts once
@@ -77,7 +78,7 @@ class Masking(Base):
         if pairs := [pair for pair in zip(tensors, self.factors.values(), strict=True) if pair[0] is not None]:
             torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
 
-    def after_backward(self, step):
+    def after_backward(self, step, batch):
         if not self.regrow:  # before clipping; alone it would not do, since momentum goes on moving the weights
             self.apply([weight.grad for weight in self.weights.values()])
 
@@ -124,8 +125,8 @@ class Method(Masking):
         add('--end-epoch', type=nonnegative, metavar='EPOCH', help='t0 + n dt, where it ends (default: half of the epochs)')
         add('--regrow', action='store_true', help='mask only the forward pass and the gradient, so that weights can return')
 
-    def prepare(self, model, steps):
-        super().prepare(model, steps)
+    def prepare(self, model, steps, args):
+        super().prepare(model, steps, args)
         end = max(round(self.end / self.args.epochs * steps), 1)
         self.ramp = min(round(self.start / self.args.epochs * steps), end - 1), end
         self.update(0)

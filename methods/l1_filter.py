@@ -6,8 +6,9 @@ that read them; what the network computes is the same, since a pruned filter's o
 stage alike and spares sensitive ones: use several entries, or --layers and --exclude. Residual blocks are not treated apart.
 """
 
-from compressor import FilterPruner
-from methods.level import OneShot
+from pruners.compressor import FilterPruner
+
+from ._one_shot import OneShot
 
 
 class L1FilterPruner(FilterPruner):
@@ -20,4 +21,4 @@ class L1FilterPruner(FilterPruner):
 
 
 class Method(OneShot):
-    PRUNER, TYPES = L1FilterPruner, ('Conv2d',)
+    PRUNER = L1FilterPruner

@@ -3,8 +3,9 @@ weights (the criterion of He et al., "Soft Filter Pruning", IJCAI 2018, arXiv 18
 softness: here a pruned filter stays pruned).
 """
 
-from compressor import FilterPruner
-from methods.level import OneShot
+from pruners.compressor import FilterPruner
+
+from ._one_shot import OneShot
 
 
 class L2FilterPruner(FilterPruner):
@@ -17,4 +18,4 @@ class L2FilterPruner(FilterPruner):
 
 
 class Method(OneShot):
-    PRUNER, TYPES = L2FilterPruner, ('Conv2d',)
+    PRUNER = L2FilterPruner

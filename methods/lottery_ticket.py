@@ -17,12 +17,14 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-import distributed
-import record
-from args import count, positive
-from compressor import Compressor
-from methods import lrr
-from methods.level import LevelPruner, OneShot, add_layer_flags
+from deploy.files import write_json, write_tensors
+from pruners import processes
+from pruners.compressor import Compressor
+
+from . import lrr
+from ._flags import count, positive
+from ._one_shot import OneShot, add_layer_flags
+from .level import LevelPruner
 
 
 def sparsity_at(k, final, rounds):
@@ -93,12 +95,13 @@ class LotteryTicketPruner(Compressor):
 
     def export_ticket(self, model_path, mask_path=None):
         """Save the winning ticket, and its masks, in the form of export_model(), which saves the trained network."""
-        record.save({name: tensor.cpu() for name, tensor in self.ticket().items()}, Path(model_path))
+        write_tensors({name: tensor.cpu() for name, tensor in self.ticket().items()}, Path(model_path))
         if mask_path is not None:
-            record.save(self.plain_masks(), Path(mask_path))
+            write_tensors(self.plain_masks(), Path(mask_path))
 
 
 class Method(OneShot):
+    PRUNER = LotteryTicketPruner
     DEFAULTS = {'model': 'lenet300_100', 'dataset': 'mnist', 'epochs': 50, 'batch_size': 60, 'ptarget': 0.96, 'clip': 0.0}
     DEFAULTS |= {'optimizer': 'adam', 'lr': 1.2e-3, 'lr_schedule': 'constant', 'wd': 0.0}
     take_over, keep, chain_file = lrr.Method.take_over, lrr.Method.keep, lrr.Method.chain_file
@@ -152,8 +155,8 @@ class Method(OneShot):
             job.fit(self, f'round{number}')
             if self.chain is not None:
                 self.keep(shared(job))
-            if distributed.rank() == 0:
-                record.write_json(rounds_of(job), job.folder / 'rounds.json')
+            if processes.rank() == 0:
+                write_json(rounds_of(job), job.folder / 'rounds.json')
         self.pruner.export_ticket(job.folder / 'ticket.pt')
 
 

@@ -15,10 +15,12 @@ The count of a round is rounded from its total share, so that roundings do not a
 import math
 from pathlib import Path
 
-import distributed
-import record
-from args import count, differences, fraction
-from methods.gmp import Masking, magnitude_masks
+from deploy import files
+from deploy.files import FileError, read_tensors, write_tensors
+from pruners import processes
+
+from ._flags import count, differences, fraction
+from .gmp import Masking, magnitude_masks
 
 
 def rounds(target, rate=0.2):
@@ -43,9 +45,9 @@ class Method(Masking):
         add('--rewind-epoch', type=count, metavar='K', help='set weights back too, to those after epoch K of round 0')
         add('--chain', metavar='DIR', help='folder in which runs of several targets share their rounds; {seed} is filled in')
 
-    def prepare(self, model, steps):
+    def prepare(self, model, steps, args):
         masks = self.state_dict()  # a stage goes on with the masks of the one before
-        super().prepare(model, steps)
+        super().prepare(model, steps, args)
         if masks['masks']:
             self.load_state_dict(masks)
 
@@ -84,27 +86,27 @@ class Method(Masking):
         """The round to begin with: the last that has ended in the run's folder or, before any training there, in the chain."""
         ended = [r for r in range(len(self.targets)) if stage_file(job, r).exists()]
         kept = [r for r in range(len(self.targets) - 1) if self.chain is not None and self.chain_file(r).exists()]
-        ended, kept = distributed.same([ended, kept])
+        ended, kept = processes.same([ended, kept])
         if not kept or (job.folder / 'checkpoint.pt').exists():
             return max(ended, default=0)
         last = max(kept)
-        state = record.load(self.chain_file(last))
+        state = read_tensors(self.chain_file(last))
         if changed := differences(comparable(state.pop('args')), comparable(vars(job.args))):
-            raise record.RunError(f'{self.chain} holds rounds of other arguments ({"; ".join(changed)}); take another --chain')
+            raise FileError(f'{self.chain} holds rounds of other arguments ({"; ".join(changed)}); take another --chain')
         lines = state.pop('log').encode()
-        record.write_atomically(job.folder / 'log.jsonl', lambda file: file.write(lines))
-        record.save(state, stage_file(job, last))  # where job.fit() looks for a stage that has ended
-        distributed.wait()
+        files.write_atomically(job.folder / 'log.jsonl', lambda file: file.write(lines))
+        write_tensors(state, stage_file(job, last))  # where job.fit() looks for a stage that has ended
+        processes.wait()
         return last
 
     def keep(self, job):
         """Add the round that has just ended to the chain: its checkpoint, the log so far, and the arguments."""
         path, ended = self.chain_file(self.round), stage_file(job, self.round)
-        if distributed.rank() == 0 and not path.exists():
-            state = record.load(ended if ended.exists() else job.folder / 'checkpoint.pt')
+        if processes.rank() == 0 and not path.exists():
+            state = read_tensors(ended if ended.exists() else job.folder / 'checkpoint.pt')
             lines = (job.folder / 'log.jsonl').read_text().splitlines(keepends=True)[: job.done['epochs']]
             path.parent.mkdir(parents=True, exist_ok=True)
-            record.save(state | {'args': vars(job.args), 'log': ''.join(lines)}, path)
+            write_tensors(state | {'args': vars(job.args), 'log': ''.join(lines)}, path)
 
     def chain_file(self, number):
         return self.chain / f'round{number}.pt'

@@ -4,8 +4,9 @@ Efficient Inference", ICLR 2017, arXiv 1611.06440, section 2.2): in each convolu
 Deviations: as in apoz.py; all at once, where the paper prunes one filter after another with training between.
 """
 
-from compressor import ActivationPruner
-from methods.level import Watching
+from pruners.compressor import ActivationPruner
+
+from ._one_shot import Watching
 
 
 class ActivationMeanRankFilterPruner(ActivationPruner):

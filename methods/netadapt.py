@@ -24,99 +24,25 @@ the last iteration that has ended, from where the search goes on when it is star
 The random numbers that the fine-tuner takes from torch's generator on the CPU are then those of a search without interruption.
 """
 
-import copy
 import csv
 import io
 import json
 import math
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-import distributed
-import record
-from args import fraction, nonnegative, positive
-from channels import channel_graph, live_masks
-from methods.simulated_annealing import Search, Searching, fingerprint, importance, keep_counts, snapshot, train, trial
-from shrink import Channels, dependency_groups
+from deploy.files import read_tensors, write_tensors
+from deploy.shrinking import dependency_groups
+from pruners import processes
+from pruners.cost import COSTS, Cost, convolutions, usual_example
+from pruners.processes import say
+from pruners.search import Search, fingerprint, importance, keep_counts, snapshot, trial
 from sparse_utils import count_macs, prunable_layers
 
-COSTS = ('params', 'macs')
-
-
-class Cost:
-    """What a network costs once the dead channels are removed: a function of the filters that are kept.
-
-    kind: 'params', weights of convolutions and linear layers, or 'macs' of one example. names: count these layers only, None for
-    all. Raises ValueError for a model that cannot be traced.
-    """
-
-    def __init__(self, model, example_input, kind='params', names=None):
-        self.graph = channel_graph(model, example_input)
-        channels = Channels(copy.deepcopy(model), example_input)
-        self.readers, self.followers, self.number = channels.readers, channels.followers, len(channels.parent)
-        self.convs = {node.module: node.detail[:2] for node in self.graph.nodes if node.kind == 'conv'}
-        self.grouped = any(node.detail[2] > 1 for node in self.graph.nodes if node.kind == 'conv')
-        macs = {name: dense for name, (dense, _) in count_macs(model, example_input).items()}
-        self.layers = {}  # {name: what the whole layer costs}
-        for name, layer in prunable_layers(model).items() if names is None else [(n, model.get_submodule(n)) for n in names]:
-            self.layers[name] = layer.weight.numel() if kind == 'params' else macs.get(name, 0)
-
-    def __call__(self, keep):
-        """keep: {convolution: bool tensor [out]} -> the cost, a whole number."""
-        alive = self.alive(keep)
-        return sum(round(whole * self.share(name, alive)) for name, whole in self.layers.items())
-
-    def alive(self, keep):
-        """Bool [classes of channels]: False where every convolution that writes such a channel has a dead filter there."""
-        live = {name: torch.ones(out, dtype=torch.bool) for name, (out, _) in self.convs.items()}
-        live |= {name: kept.cpu() for name, kept in keep.items()}
-        if self.grouped:  # else, as each layer keeps a filter, nothing else dies
-            masks = {name: live[name].view(-1, 1).repeat(1, inputs) for name, (_, inputs) in self.convs.items()}
-            live = {name: mask.any(1) for name, mask in live_masks(self.graph, masks).items()}
-        alive = torch.ones(self.number, dtype=torch.bool)
-        classes = {name: reader.filters for name, reader in self.readers.items()} | self.followers
-        written = {name: classes[name] for name in live if name in classes}
-        for numbers in written.values():
-            alive[numbers] = False
-        for name, numbers in written.items():
-            alive[numbers[live[name]]] = True
-        return alive
-
-    def share(self, name, alive):
-        """What part of a layer's weights stays."""
-        if name in self.followers:
-            return alive[self.followers[name]].float().mean().item()
-        if name not in self.readers:
-            return 1.0
-        reader = self.readers[name]
-        rows, columns = (alive[numbers] for numbers in (reader.filters, reader.inputs))
-        return int(rows.sum()) * int(columns.sum()) / (len(rows) * len(columns))
-
-
-def convolutions(base, keep):
-    """{layer: bool [out]} -> {convolution: bool [out]}: with slim, of the convolutions that the batch norms follow."""
-    if 'BatchNorm2d' not in (base.TYPES or ()):
-        return keep
-    return {conv: keep[norm] for conv, norm in base.norms.items() if norm in keep}
-
-
-def usual_example(model):
-    """An input of zeros of a usual size that the model takes, or None."""
-    convs = [module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
-    lines = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
-    shapes = [(1, channels, size, size) for channels in dict.fromkeys(convs) for size in (32, 28, 224, 64)]
-    like = next(model.parameters())
-    with trial(model), torch.no_grad():
-        model.eval()
-        for shape in shapes or [(1, features) for features in dict.fromkeys(lines)]:
-            try:
-                model(example := torch.zeros(shape, device=like.device, dtype=like.dtype))
-                return example
-            except Exception:  # whatever a model raises for an input of the wrong shape
-                continue
-    return None
+from ._algorithms import algorithm
+from ._flags import fraction, nonnegative, positive
+from ._search import Searching, train
 
 
 class NetAdaptPruner(Search):
@@ -147,9 +73,8 @@ class NetAdaptPruner(Search):
     ):
         if short_term_fine_tuner is not None and not callable(short_term_fine_tuner):
             raise ValueError(f'short_term_fine_tuner must be a function of the model, got {short_term_fine_tuner!r}')
-        super().__init__(
-            model, config_list, evaluator, optimize_mode, base_algo, experiment_data_dir, (), short_term_fine_tuner
-        )
+        kind = algorithm(base_algo)
+        super().__init__(model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, (), short_term_fine_tuner)
         if not 0 < sparsity_per_iteration < 1:
             raise ValueError(f'sparsity_per_iteration must lie between 0 and 1, got {sparsity_per_iteration}')
         if cost not in COSTS:
@@ -176,11 +101,11 @@ class NetAdaptPruner(Search):
                     self.set_groups(dependency_groups(self.base.model, example, depthwise=True) if self.together else [])
                     self.cost = self.real_cost
                 except ValueError as error:
-                    record.say(f'{error}; only the weights of the pruned filters themselves are counted')
+                    say(f'{error}; only the weights of the pruned filters themselves are counted')
         elif self.kind == 'macs':
             raise ValueError('MACs are counted for an example input: give example_input')
         elif self.base.FILTERS:
-            record.say('no example input is known, so only the weights of the pruned filters themselves are counted')
+            say('no example input is known, so only the weights of the pruned filters themselves are counted')
         self.fixed = sum(number for name, number in everything.items() if name not in self.base.layers)
 
     def real_cost(self, counts):
@@ -207,7 +132,7 @@ class NetAdaptPruner(Search):
         self.whole = self.left = self.cost(self.counts)
         self.goal = math.floor(self.whole * (1 - self.target) + 1e-6)
         self.resume()
-        disable = True if distributed.rank() else None
+        disable = True if processes.rank() else None
         with tqdm(total=self.whole - self.goal, desc='netadapt', leave=False, disable=disable, unit_scale=True) as bar:
             bar.update(self.whole - self.left)
             while self.left > self.goal and (options := self.options()):
@@ -216,7 +141,7 @@ class NetAdaptPruner(Search):
                 bar.set_postfix(performance=self.performance)
         if self.left > self.goal:
             reached = 1 - self.left / self.whole
-            record.say(f'the target of {self.target} cannot be met: no layer can give more after {reached:.4f} of the cost')
+            say(f'the target of {self.target} cannot be met: no layer can give more after {reached:.4f} of the cost')
         shares, keep = self.shares(self.counts), self.base.keep
         keep = keep_counts(self.importances, self.counts) if keep is None else keep
         figures = {'performance': self.performance, 'sparsity': 1 - self.left / self.whole}
@@ -311,10 +236,10 @@ class NetAdaptPruner(Search):
         state = {'search': self.name, 'dense': self.dense, 'counts': self.counts, 'rows': self.rows, 'left': self.left}
         state |= {'iteration': self.iteration, 'performance': self.performance, 'weights': snapshot(self.base.model)}
         state |= {'keep': self.base.keep, 'rng': torch.get_rng_state(), 'importances': self.importances}
-        record.save(state, self.folder / 'search_state.pt')
+        write_tensors(state, self.folder / 'search_state.pt')
         lines = io.StringIO()
         csv.writer(lines).writerows([('sparsity', 'performance', 'config_list', 'iteration', 'layer'), *self.rows])
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             (self.folder / 'search_history.csv').write_text(lines.getvalue())
 
     def resume(self):
@@ -322,7 +247,7 @@ class NetAdaptPruner(Search):
         path = self.folder / 'search_state.pt'
         if not path.exists():
             return
-        state = record.load(path, next(self.base.model.parameters()).device)
+        state = read_tensors(path, next(self.base.model.parameters()).device)
         same = math.isclose(state['dense'], self.dense, rel_tol=1e-4, abs_tol=1e-12)
         if state['search'] != self.name or not (same or math.isnan(state['dense']) and math.isnan(self.dense)):
             return
@@ -348,10 +273,10 @@ class Method(Searching):
         options = {'base_algo': self.args.base_algo, 'sparsity_per_iteration': self.args.sparsity_per_iteration}
         options |= {'experiment_data_dir': self.job.folder, 'cost': self.args.cost}
         options |= {'example_input': next(iter(self.job.test))[0][:1], 'dependency_aware': self.args.dependency_aware}
-        return NetAdaptPruner(model, self.config_list(model), self.fine_tune, self.evaluator, **options)
+        return NetAdaptPruner(model, self.config_list(model), self.train_a_little, self.evaluator, **options)
 
-    def fine_tune(self, model):
+    def train_a_little(self, model):
         """Some steps of SGD; all candidates of an iteration see the same images."""
         self.job.train.set_epoch(self.pruner.iteration)
-        optimizer = torch.optim.SGD(self.param_groups(model), self.args.short_term_lr, momentum=self.args.momentum)
+        optimizer = torch.optim.SGD(self.param_groups(model, self.args), self.args.short_term_lr, momentum=self.args.momentum)
         train(model, self.job.train, self.args.short_term_steps, optimizer)

@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from args import count, nonnegative, positive
-from methods import Method as Base
 from sparse_utils import attach, bake, layers_to_prune
+
+from . import Method as Base
+from ._flags import count, nonnegative, positive
 
 EPS = 1e-20  # e: log(0 + e) is -46, so that probabilities of 0 and 1 have finite values and gradients in float32
 SAMPLE_BATCHES = 10  # training batches on which --sample-masks compares
@@ -116,7 +117,7 @@ class Method(Base):
         if args.accumulate > 1 and args.samples > 1:
             raise ValueError('--accumulate needs --samples 1: further samples see the whole batch at once')
         self.gates, self.masks = [], None  # masks: a list, once they are fixed
-        self.fit, self.hooks, self.images, self.labels = None, [], None, None
+        self.fit = None
 
     @staticmethod
     def add_args(parser):
@@ -131,7 +132,7 @@ class Method(Base):
         add('--finetune-lr', nonnegative, 1e-3, 'their learning rate, constant')
         add('--sample-masks', count, 0, 'draw N masks at the end, as the authors do; 0 takes the most probable weights', 'N')
 
-    def prepare(self, model, steps):
+    def prepare(self, model, steps, args):
         if self.gates:
             return  # fine-tuning goes on with the same layers
         self.layers = list(layers_to_prune(model, self.args.pthres).values())
@@ -146,8 +147,8 @@ class Method(Base):
         self.batches = steps // self.args.epochs
         self.adam = torch.optim.Adam(self.scores, self.args.score_lr)
 
-    def param_groups(self, model):
-        groups = super().param_groups(model)
+    def param_groups(self, model, args):
+        groups = super().param_groups(model, args)
         if self.masks is not None:
             return groups
         scores = {id(score) for score in self.scores}
@@ -158,15 +159,6 @@ class Method(Base):
 
     def attach(self, fit):
         self.fit = fit
-        if self.masks is None and self.args.samples > 1:  # no hook of the loop has the batch before the optimizer steps
-            hooks = {fit.model: self.remember_images, fit.criterion: self.remember_labels}
-            self.hooks = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
-
-    def remember_images(self, model, inputs):
-        self.images = inputs[0]
-
-    def remember_labels(self, criterion, inputs):
-        self.labels = inputs[1]
 
     def keep_at(self, progress):
         return keep_ratio(progress, 1 - self.args.ptarget, self.args.ramp_start, self.args.ramp_end)
@@ -178,18 +170,21 @@ class Method(Base):
             self.temperature.fill_(temperature(progress))
             self.adam.param_groups[0]['lr'] = self.args.score_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def after_backward(self, step):
+    def after_backward(self, step, batch):
         if self.masks is not None:  # before clipping: the gradient of a pruned weight is zero
             self.multiply([weight.grad for weight in self.weights])
-        elif self.images is not None:
-            for _ in range(self.args.samples - 1):
-                with self.fit.autocast:
-                    loss = self.fit.criterion(self.fit.forward(self.images), self.labels)
-                loss.backward()
-            for parameter in self.fit.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.div_(self.args.samples)
-            self.images = self.labels = None
+        elif self.args.samples > 1:
+            self.average_draws(*batch)
+
+    def average_draws(self, images, labels):
+        """The mean gradient over K draws of the masks, of which the loop has made the first."""
+        for _ in range(self.args.samples - 1):
+            with self.fit.autocast:
+                loss = self.fit.criterion(self.fit.forward(images), labels)
+            loss.backward()
+        for parameter in self.fit.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(self.args.samples)
 
     def after_step(self, step, batch):
         if self.masks is None:
@@ -235,8 +230,6 @@ class Method(Base):
 
     def fix_masks(self):
         """Leave plain layers; from here on the masks hold their weights at zero."""
-        for hook in self.hooks:
-            hook.remove()
         bake(self.layers)
         self.masks = [gate.mask for gate in self.gates]
 

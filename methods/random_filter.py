@@ -5,8 +5,9 @@ Mittal et al., "Recovering from Random Pruning", WACV 2018, arXiv 1801.10447, fi
 
 import torch
 
-from compressor import FilterPruner
-from methods.level import OneShot
+from pruners.compressor import FilterPruner
+
+from ._one_shot import OneShot
 
 
 class RandomFilterPruner(FilterPruner):
@@ -24,7 +25,7 @@ class RandomFilterPruner(FilterPruner):
 
 
 class Method(OneShot):
-    PRUNER, TYPES = RandomFilterPruner, ('Conv2d',)
+    PRUNER = RandomFilterPruner
 
     def options(self):
         return {'seed': self.args.seed}

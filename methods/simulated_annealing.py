@@ -32,192 +32,19 @@ Search holds what NetAdapt (netadapt.py) and AutoCompress (autocompress.py) shar
 
 import contextlib
 import csv
-import hashlib
-import itertools
 import json
 import math
-from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-import distributed
-import record
-from args import count, fraction, nonnegative, positive
-from compressor import ALGORITHMS, DEFAULT_TYPES, StatisticsPruner, algorithm, least, num_pruned, ranks
-from methods.level import OneShot, add_dependency_flag
-from shrink import agree
+from pruners import processes
+from pruners.processes import say
+from pruners.search import CAP, Search, fingerprint, importance, keep_counts, own_weights, score_count, trial
+from pruners.selection import num_pruned
 
-CAP = 1 - 1e-9  # shares stay below 1; each layer keeps a filter in any case
-FOREVER = 2**62
-
-
-# ---------------------------------------------------------------------------------------------- what the searches share
-
-
-def base_pruner(name, model, config_list):
-    """The one-shot pruner of a base_algo, which ranks within each layer. Raises ValueError as its class does."""
-    kind = algorithm(name)
-    options = {'global_sort': False} if name == 'slim' else {}
-    if issubclass(kind, StatisticsPruner):
-        options['statistics_batch_num'] = FOREVER  # it watches until it is told to stop
-    return kind(model, config_list, **options)
-
-
-def importance(base, statistics=None, groups=()):
-    """{layer: scores} by the criterion of a pruner, which agree within each group of layers.
-
-    statistics: a function of the model that runs training batches forward and backward, for the criteria that watch them. Raises
-    ValueError where one is needed and there is none.
-    """
-    if isinstance(base, StatisticsPruner):
-        if statistics is None:
-            raise ValueError(f'{type(base).__name__} judges by training batches: give statistics, a function of the model')
-        with trial(base.model):
-            base.watch()
-            statistics(base.model)
-            base.unwatch()
-    scores = base.importance()
-    if scores is None:
-        raise ValueError('statistics has sent no batch through the model in training mode')
-    if isinstance(base, StatisticsPruner):  # each process has seen images of its own
-        distributed.average(list(scores.values()))
-    return agree(scores, groups)
-
-
-@contextlib.contextmanager
-def trial(model):
-    """Whatever happens to the model inside is taken back: parameters, buffers and modes."""
-    state, modes = snapshot(model), [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        model.load_state_dict(state)
-        for module, training in modes:
-            module.training = training
-
-
-def snapshot(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def fingerprint(model, *settings):
-    """A short name for a search: hash of the model's tensors and of the settings."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def keep_counts(scores, counts, previous=None):
-    """{layer: scores}, {layer: number} -> {layer: bool tensor}, False for that number of least scores (see keep_by_layer)."""
-    return {name: ~least(score, counts[name]) for name, score in ranks(scores, previous).items()}
-
-
-def own_weights(base):
-    """A function of counts: weights that the layers of a pruner keep when counts[layer] of their filters or weights go."""
-    sizes = {name: (score_count(base, name), layer.weight.numel()) for name, layer in base.layers.items()}
-    return lambda counts: sum(size // n * (n - counts[name]) for name, (n, size) in sizes.items())
-
-
-def score_count(base, name):
-    """How many filters, or weights, of a layer there are to choose from."""
-    weight = base.layers[name].weight
-    return len(weight) if base.FILTERS else weight.numel()
-
-
-class Search:
-    """What the searches share: `base`, a one-shot pruner that makes the masks, whose methods and attributes they have too.
-
-    units: lists of layers that are decided together. After search(), result is {performance, sparsity, met, config_list}.
-    """
-
-    def __init__(self, model, config_list, evaluator, optimize_mode, base_algo, experiment_data_dir, groups, statistics):
-        if not callable(evaluator):
-            raise ValueError(f'evaluator must be a function of the model that returns a number, got {evaluator!r}')
-        if optimize_mode not in ('maximize', 'minimize'):
-            raise ValueError(f"optimize_mode must be 'maximize' or 'minimize', got {optimize_mode!r}")
-        self.base = base_pruner(base_algo, model, config_list)
-        targets = sorted(set(self.base.sparsity.values()))
-        if len(targets) > 1:
-            raise ValueError(f'sparsity is the overall target, so all entries of config_list need the same, not {targets}')
-        if isinstance(self.base, StatisticsPruner) and statistics is None:
-            raise ValueError(f'base_algo {base_algo!r} judges by training batches: give statistics, a function of the model')
-        self.target, self.evaluator, self.statistics = targets[0], evaluator, statistics
-        self.sign = 1 if optimize_mode == 'maximize' else -1
-        self.folder, self.result = Path(experiment_data_dir), None
-        self.set_groups(groups)
-
-    def __getattr__(self, name):
-        if name == 'base':  # not there yet, or in a copy
-            raise AttributeError(name)
-        return getattr(self.base, name)
-
-    def set_groups(self, groups):
-        self.base.decide_together(groups if self.base.FILTERS else [])
-        self.groups = self.base.groups
-        home = {name: tuple(group) for group in self.groups for name in group}
-        units = {}
-        for name in self.base.layers:
-            units.setdefault(home.get(name, (name,)), []).append(name)
-        self.units = list(units.values())
-
-    def compress(self, return_config_list=False):
-        """Search, mask the model in place with what was found, let the masks hold; returns the model, or its config list."""
-        self.search()
-        self.base.hook()
-        self.base.apply()
-        return json.loads(self.result['config_list']) if return_config_list else self.base.model
-
-    def search(self):
-        raise NotImplementedError
-
-    def export_model(self, *paths, **options):
-        """As Compressor.export_model. Raises ValueError when there was no search yet."""
-        if self.result is None:
-            raise ValueError('call compress() before export_model()')
-        self.base.export_model(*paths, **options)
-
-    def score(self):
-        """What the evaluator says of the model as it is, the mean over all processes. Raises ValueError for no number."""
-        value = self.evaluator(self.base.model)
-        try:
-            value = torch.tensor(float(value), dtype=torch.float64, device=next(self.base.model.parameters()).device)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f'evaluator must return a number, got {value!r}') from None
-        distributed.average([value])
-        return value.item()
-
-    def utility(self, score):
-        """Larger is better; what is not a finite number is the worst."""
-        return self.sign * score if math.isfinite(score) else -math.inf
-
-    def shares(self, counts):
-        """{layer: number of filters} -> {layer: share}"""
-        return {name: count / score_count(self.base, name) for name, count in counts.items()}
-
-    def as_config_list(self, shares):
-        """{layer: share} -> a config list with which the class of base_algo (slim: with global_sort=False) makes the same masks."""
-        kinds = {name: type(layer).__name__ for name, layer in self.base.layers.items()}
-        return [{'sparsity': share, 'op_types': [kinds[name]], 'op_names': [name]} for name, share in shares.items()]
-
-    def open_folder(self):
-        if distributed.rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        distributed.wait()
-
-    def finish(self, shares, keep, **figures):
-        """Take over the masks of what was found, and write search_result.json."""
-        self.base.sparsity = dict(shares)
-        self.base.set_masks(keep)
-        self.base.pending = False
-        self.result = figures | {'config_list': json.dumps(self.as_config_list(shares))}
-        record.write_json(self.result, self.folder / 'search_result.json')
-
-
-# ------------------------------------------------------------------------------------------------------------- annealing
+from ._algorithms import algorithm
+from ._search import Searching, add_annealing_flags, annealing_options, largest_share
 
 
 def temperatures(start, stop, rate):
@@ -269,7 +96,7 @@ class History:
 
     def __init__(self, path, name):
         self.path, self.name = path, name
-        self.known = distributed.same(self.read())
+        self.known = processes.same(self.read())
 
     def read(self):
         """Whole lines of this search, [] where there is no such file."""
@@ -283,14 +110,14 @@ class History:
 
     def rewrite(self, rows):
         """Begin the file with these rows alone: what was cut short, or is of another search, goes."""
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             with open(self.path, 'w', newline='') as file:
                 writer = csv.writer(file)
                 writer.writerow(self.COLUMNS)
                 writer.writerows([row[column] for column in self.COLUMNS] for row in rows)
 
     def add(self, *values):
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             with open(self.path, 'a', newline='') as file:
                 csv.writer(file).writerow([*values, self.name])
 
@@ -327,7 +154,8 @@ class SimulatedAnnealingPruner(Search):
         statistics=None,
         left=None,
     ):
-        super().__init__(model, config_list, evaluator, optimize_mode, base_algo, experiment_data_dir, groups, statistics)
+        kind = algorithm(base_algo)
+        super().__init__(model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, groups, statistics)
         if not 0 < stop_temperature < start_temperature < math.inf:
             raise ValueError(f'temperatures must fall to above 0, not from {start_temperature} to {stop_temperature}')
         if not 0 < cool_down_rate < 1:
@@ -377,11 +205,11 @@ class SimulatedAnnealingPruner(Search):
         self.begin(current)
         if self.sparsity_of(self.counts(self.by_layer(current))) < self.target - 1e-9:
             reached = self.sparsity_of(self.counts(self.by_layer(current)))
-            record.say(f'the target of {self.target} cannot be met: with all that each layer can give {reached:.4f} is pruned')
+            say(f'the target of {self.target} cannot be met: with all that each layer can give {reached:.4f} is pruned')
         generator = torch.Generator().manual_seed(self.seed)
         rounds = [pair for pair in zip(self.temperatures, self.magnitudes, strict=True) for _ in range(self.search_steps)]
         value = top = self.value(current, rounds[0][0])
-        bar = tqdm(rounds, 'annealing', leave=False, disable=True if distributed.rank() else None)
+        bar = tqdm(rounds, 'annealing', leave=False, disable=True if processes.rank() else None)
         for step, (temperature, magnitude) in enumerate(bar):
             *moves, draw = torch.rand(number + 1, generator=generator, dtype=torch.float64).tolist()
             if step:
@@ -434,119 +262,6 @@ class SimulatedAnnealingPruner(Search):
         counts = self.counts(shares)
         figures = {'performance': self.seen[self.key(counts)], 'sparsity': self.sparsity_of(counts)}
         self.finish(shares, keep_counts(self.importances, counts), **figures, met=figures['sparsity'] >= self.target - 1e-9)
-
-
-# ------------------------------------------------------------------------------------------------------ the command line
-
-
-def add_annealing_flags(add):
-    shown = ' (default: %(default)s)'
-    add('--start-temperature', type=nonnegative, default=100.0, metavar='T', help='of the annealing' + shown)
-    add('--stop-temperature', type=nonnegative, default=20.0, metavar='T', help='it ends there' + shown)
-    add('--cool-down-rate', type=fraction, default=0.9, metavar='RATE', help='factor from one temperature to the next' + shown)
-    add('--perturbation-magnitude', type=nonnegative, default=0.35, metavar='M', help='of shares, at the start' + shown)
-    add('--search-steps', type=positive, default=10, metavar='N', help='candidates at each temperature' + shown)
-    add('--max-sparsity', type=fraction, metavar='SHARE', help='of any layer (default: it keeps a quarter of 1 - the target)')
-    help = 'training batches from which a candidate has its batch norm statistics anew, before it is scored' + shown
-    add('--recalibrate', type=count, default=10, metavar='N', help=help)
-
-
-def annealing_options(args):
-    names = ('start_temperature', 'stop_temperature', 'cool_down_rate', 'perturbation_magnitude', 'search_steps', 'seed')
-    return {name: vars(args)[name] for name in names}
-
-
-def largest_share(args, target):
-    return 1 - (1 - target) / 4 if args.max_sparsity is None else max(args.max_sparsity, target)
-
-
-def add_base_flag(parser, does):
-    """does: what the criterion of base_algo does in this method."""
-    help = f'the criterion that {does} (default: %(default)s)'
-    parser.add_argument('--base-algo', choices=list(ALGORITHMS), default='l1', help=help)
-
-
-class Searching(OneShot):
-    """Pretrain, search on the validation split, fine-tune with the masks that were found."""
-
-    DEFAULTS = OneShot.DEFAULTS | {'val_size': 5000}
-
-    def __init__(self, args):
-        super().__init__(args)
-        if not args.val_size:
-            raise ValueError(f'{args.method} scores its candidates on a validation split: give it images with --val-size')
-        kind = algorithm(args.base_algo)
-        self.TYPES, self.FILTERS, self.job = kind.TYPES or DEFAULT_TYPES, kind.FILTERS, None
-
-    @classmethod
-    def add_args(cls, parser):
-        super().add_args(parser)
-        add_dependency_flag(parser)
-        add_base_flag(parser, 'chooses filters, or weights')
-
-    def run(self, job):
-        self.job = job
-        super().run(job)
-
-    def evaluator(self, model):
-        """Accuracy in percent on the validation split."""
-        recalibrate(model, self.job.train, vars(self.args).get('recalibrate', 0))
-        return record.accuracy(model, self.job.val)
-
-    def statistics(self, model):
-        """Training batches for the criteria that watch them."""
-        self.job.train.set_epoch(0)
-        train(model, self.job.train, STATISTICS_BATCHES)
-
-    def prune(self, job):
-        self.pruner.search()
-        self.pruner.apply()
-        found = self.pruner.result
-        record.say(f'found sparsity {100 * found["sparsity"]:.2f} %, validation accuracy {found["performance"]:.2f} %')
-        record.say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
-
-    def facts(self):
-        """What the search says of its target, and the score of what it found."""
-        found = None if self.pruner is None else self.pruner.result
-        return {} if found is None else {f'search_{key}': found[key] for key in ('sparsity', 'performance', 'met')}
-
-
-STATISTICS_BATCHES = 10
-
-
-@torch.no_grad()
-def recalibrate(model, batches, number):
-    """Set the statistics of batch norms to the means over the first `number` training batches, seen in eval mode otherwise."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta, _ = [norm.momentum for norm in norms], batches.set_epoch(0)
-    model.eval()
-    for norm in norms if number else ():
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean
-        norm.train()
-    for images, _ in itertools.islice(batches, number):
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        distributed.average([norm.running_mean, norm.running_var])
-    model.eval()
-
-
-def train(model, batches, steps, optimizer=None):
-    """`steps` training steps, as many epochs as that takes; without an optimizer, forward and backward passes only."""
-    model.train()
-    for _ in range(-(-steps // len(batches))):
-        for images, labels in batches:
-            if steps == 0:
-                break
-            steps -= 1
-            model.zero_grad()
-            torch.nn.functional.cross_entropy(model(images), labels).backward()
-            distributed.average([p.grad for p in model.parameters() if p.grad is not None])
-            if optimizer is not None:
-                optimizer.step()
-    model.zero_grad()
-    distributed.same_buffers(model)
 
 
 class Method(Searching):

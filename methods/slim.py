@@ -12,9 +12,10 @@ them on the input of a layer; there the convolutions stay whole here.
 import torch
 from torch import nn
 
-from args import nonnegative
-from compressor import GlobalPruner
-from methods.level import OneShot
+from pruners.compressor import GlobalPruner
+
+from ._flags import nonnegative
+from ._one_shot import OneShot
 
 
 class SlimPruner(GlobalPruner):
@@ -37,7 +38,7 @@ class SlimPruner(GlobalPruner):
 
 
 class Method(OneShot):
-    PRUNER, TYPES, SCOPES = SlimPruner, ('BatchNorm2d',), ('global', 'layer')
+    PRUNER, SCOPES = SlimPruner, ('global', 'layer')
     DEFAULTS = OneShot.DEFAULTS | {'model': 'vgg19', 'batch_size': 64, 'wd': 1e-4, 'ptarget': 0.7}
 
     @classmethod
@@ -47,7 +48,7 @@ class Method(OneShot):
         add('--bn-l1', type=nonnegative, default=1e-4, help='lambda, in pretraining' + shown)
         add('--bn-init', type=nonnegative, default=0.5, help='gamma at the start of pretraining' + shown)
 
-    def prepare(self, model, steps):
+    def prepare(self, model, steps, args):
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.affine]
         self.scales = [norm.weight for norm in norms] if self.pruner is None else []
         for scale in self.scales:

@@ -29,8 +29,9 @@ import math
 import torch
 from torch import nn
 
-from methods import Method as Base
 from sparse_utils import attach, bake, global_threshold, layers_to_prune, next_threshold
+
+from . import Method as Base
 
 
 def l1(weights, ratio, previous=None):
@@ -155,7 +156,7 @@ class Method(Base):
             help='raise the ratio step by step, or at once at --start-epoch (default: ramp)',
         )
 
-    def prepare(self, model, steps):
+    def prepare(self, model, steps, args):
         self.finalize(model)  # of a stage before this one
         self.batches = steps / self.args.epochs
         self.layers = layers_to_prune(model, self.args.pthres)

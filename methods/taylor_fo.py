@@ -10,8 +10,10 @@ Deviations: the paper has variants on batch norm scales and on gates, and prunes
 
 from functools import partial
 
-from compressor import StatisticsPruner, keep_globally
-from methods.level import Watching
+from pruners.compressor import StatisticsPruner
+from pruners.selection import keep_globally
+
+from ._one_shot import Watching
 
 
 class TaylorFOWeightFilterPruner(StatisticsPruner):

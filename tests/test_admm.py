@@ -6,16 +6,13 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_main, same_state
-from test_methods import Killed, kill_at
-from test_searches import Digits, batches, evaluator, of_target, residual
+from helpers import Digits, Killed, batches, evaluator, kill_at, of_target, residual, run_main, same_state
 from torch import nn
 
 import archs
-import export
-import record
-from compressor import ALGORITHMS, algorithm
+from deploy import files, network_file
 from methods import ADMMPruner, AutoCompressPruner, L1FilterPruner, L2FilterPruner, LevelPruner
+from methods._algorithms import ALGORITHMS, algorithm
 from methods.admm import Splitting
 
 
@@ -409,11 +406,11 @@ def test_autocompress_on_the_command_line(tmp_path, monkeypatch):
     assert result['gives'] == 'a smaller network'
     whole = sum(conv_weights(archs.build('resnet20', 10, width=4, in_channels=1).state_dict()).values())
     assert 0.45 * whole < sum(conv_weights(state).values()) <= 0.5 * whole
-    small = export.load(tmp_path / 'whole' / 'small')
+    small = network_file.load(tmp_path / 'whole' / 'small')
     saved = torch.load(tmp_path / 'whole' / 'small.pt', weights_only=True)
     assert all(torch.equal(saved[name], tensor) for name, tensor in state.items() if name in saved)
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
-    assert record.read_json(tmp_path / 'whole' / 'round1' / 'search_result.json')['met']
+    assert files.read_json(tmp_path / 'whole' / 'round1' / 'search_result.json')['met']
     # arguments, two of pretraining, three of each round, two of fine-tuning: killed in round 2 and after it
     for number in (8, 10, 11):
         with monkeypatch.context() as patch:

@@ -10,8 +10,7 @@ import pytest
 import scipy.special
 import torch
 import torch.nn.functional as F
-from conftest import run_main
-from test_sparse_utils import LAYERS, GoldenNet, Sharing
+from helpers import LAYERS, GoldenNet, Sharing, run_main
 from torch import nn
 
 import archs
@@ -134,7 +133,7 @@ def test_every_kind_of_sparsity_loss_runs(kind, tmp_path):  # S1: fixed crashed
 def loss_of(kind, values, target=0.9):
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 30))
     method = methods.load('asl')(parse(['--method=asl', f'--sparsity={kind}', f'--starget={target}', '--pthres=1']))
-    method.prepare(model, 10)
+    method.prepare(model, 10, method.args)
     for (operator, _), value in zip(adaptive_layers(model).values(), values, strict=True):
         operator.r.data.fill_(initial_thresh(value, 1.0))
     method.attach(SimpleNamespace(model=model, example=torch.randn(1, 10)))
@@ -153,7 +152,7 @@ def test_losses_by_hand():
 def test_flops_weighs_by_macs():
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 2))
     method = methods.load('asl')(parse(['--method=asl', '--sparsity=flops', '--pthres=1']))
-    method.prepare(model, 10)
+    method.prepare(model, 10, method.args)
     method.attach(SimpleNamespace(model=model, example=torch.randn(1, 1, 8, 8)))
     assert method.shares.tolist() == pytest.approx([36 * 64 / (36 * 64 + 512), 512 / (36 * 64 + 512)])
 
@@ -177,8 +176,8 @@ def test_thresholds_are_found_by_object_not_by_name():  # S4: a layer called r, 
 
     args = parse(['--method=asl', '--lr=0.5', '--wd=0.1'])
     method, model = methods.load('asl')(args), Named()
-    method.prepare(model, 10)
-    *others, thresholds = method.param_groups(model)
+    method.prepare(model, 10, method.args)
+    *others, thresholds = method.param_groups(model, method.args)
     assert [p.dim() for p in thresholds['params']] == [0, 0] and thresholds['lr'] == 0.005 and thresholds['weight_decay'] == 0.0
     assert sum(len(group['params']) for group in others) == 4 and all('lr' not in group for group in others)
 

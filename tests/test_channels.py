@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import archs
-from channels import channel_graph, dead_norms, live_masks
+from deploy.channels import channel_graph, dead_norms, live_masks
 
 
 class Residual(nn.Module):

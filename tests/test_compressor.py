@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import methods
-from compressor import algorithm, batch_norms, keep_by_layer, keep_globally, num_pruned, select_layers
 from methods import AGP_Pruner, L1FilterPruner, L2FilterPruner, LevelPruner, SlimPruner
+from methods._algorithms import algorithm
 from methods.random_filter import RandomFilterPruner
+from pruners.batch_norms import batch_norms
+from pruners.config_list import select_layers
+from pruners.selection import keep_by_layer, keep_globally, num_pruned
 
 
 class Net(nn.Module):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, run_main, same_state
+from helpers import ROOT, run_main, same_state
 
 import methods
 

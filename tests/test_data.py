@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
+from harness import data
 
-REPOSITORY = Path(data.__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 LAYOUTS = {'mnist': make_data.mnist, 'cifar10': make_data.cifar10, 'cifar100': make_data.cifar100}
 
 
@@ -767,7 +767,7 @@ def test_imagenet_needs_torchvision(tmp_path, monkeypatch):
 
 
 def test_importing_data_imports_neither_torchvision_nor_sklearn():
-    code = 'import sys, data; print(sorted({"torchvision", "sklearn"} & set(sys.modules)))'
+    code = 'import sys, harness.data; print(sorted({"torchvision", "sklearn"} & set(sys.modules)))'
     run = subprocess.run([sys.executable, '-c', code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == '[]'
 

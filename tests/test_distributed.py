@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, read_run, same_state
+from helpers import ROOT, read_run, same_state
 
-import record
+from harness import run_folder
 
 ONE = ['--dataset=digits', '--no-cuda', '--epochs=2', '--batch-size=50', '--lr=0.05', '--limit-train=230', '--clip=0']
 NORMLESS = ['--model=lenet300_100', '--method=feather', '--ptarget=0.9']
@@ -48,7 +48,7 @@ def test_a_killed_run_of_two_processes_resumes_to_the_bit(tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'crash.py')]
     env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     died = subprocess.run([*command, *ONE, *words, f'--out={tmp_path}/cut'], env=env, capture_output=True, text=True)
-    assert died.returncode != 0 and 'exitcode  : 9' in died.stderr and record.finished(tmp_path / 'cut') is None
+    assert died.returncode != 0 and 'exitcode  : 9' in died.stderr and run_folder.finished(tmp_path / 'cut') is None
     assert start(tmp_path / 'cut', *words).returncode == 0
     assert same_state(read_run(tmp_path / 'cut')[1], read_run(tmp_path / 'whole')[1])
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run_main, same_state
-from test_methods import Killed, kill_at
+from helpers import TINY, Killed, kill_at, run_main, same_state
 from torch import nn
 
 import archs
-import export
 import main as program
 import methods.dsp
 from args import parse
-from dsp_wrappers import GroupWrapper, PruneWrapper, hard_groups, mask_at, ranking, second_order, strip, terms
+from deploy import formats, network_file
 from methods.dsp import Method
+from pruners.group_learning import GroupWrapper, hard_groups, second_order, strip, terms
+from pruners.group_pruning import PruneWrapper, mask_at, ranking
 from sparse_utils import count_macs
 
 GOLDEN = Path(__file__).parent / 'golden' / 'dsp.npz'
@@ -849,13 +849,13 @@ def test_packing_stage(tmp_path, monkeypatch):
     model.load_state_dict(state)
     x = torch.randn(5, 1, 8, 8)
     expected = model.eval()(x)
-    small_one = export.load(tmp_path / 'packed' / 'packed')
+    small_one = network_file.load(tmp_path / 'packed' / 'packed')
     assert torch.allclose(small_one.eval()(x), expected, atol=1e-4)
     sizes = [sum(p.numel() for p in network.parameters()) for network in (small_one, model)]
     assert sizes == [result['small_parameters'], result['dense_parameters']] and sizes[0] < sizes[1]
     assert result['small_macs'] < result['dense_macs'] and result['small_ms_1'] > 0
     for name in ('packed.pt2', 'packed.ts'):
-        assert torch.allclose(export.read(tmp_path / 'packed' / name, trust=True)(x), expected, atol=1e-4)
+        assert torch.allclose(formats.read(tmp_path / 'packed' / name, trust=True)(x), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

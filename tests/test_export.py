@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import archs
-import export
+from deploy import formats, network_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,11 +66,11 @@ IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
 def test_save_and_load_restore_every_tensor_and_the_outputs(odd, tmp_path):
     before = {name: tensor.clone() for name, tensor in odd.state_dict().items()}
-    files = export.save(odd, tmp_path / 'small', IMAGES, accuracy=91.5, made_by={'method': 'l1'})
+    files = network_file.save(odd, tmp_path / 'small', IMAGES, accuracy=91.5, made_by={'method': 'l1'})
     assert files == (tmp_path / 'small.pt', tmp_path / 'small.json') and len(list(tmp_path.iterdir())) == 2
     assert odd.training and all(torch.equal(tensor, before[name]) for name, tensor in odd.state_dict().items())
     for path in ('small', 'small.pt', 'small.json'):
-        network = export.load(tmp_path / path)
+        network = network_file.load(tmp_path / path)
         assert not network.training and network.info == {'accuracy': 91.5, 'made_by': {'method': 'l1'}}
         assert torch.equal(network(IMAGES), odd.eval()(IMAGES)) and torch.equal(network(IMAGES[:1]), odd(IMAGES[:1]))
     state = network.state_dict()
@@ -81,8 +81,8 @@ def test_save_and_load_restore_every_tensor_and_the_outputs(odd, tmp_path):
 
 
 def test_a_loaded_network_can_be_trained_like_the_original(odd, tmp_path):
-    export.save(odd, tmp_path / 'small', IMAGES)
-    for network in (odd.train(), export.load(tmp_path / 'small').train()):
+    network_file.save(odd, tmp_path / 'small', IMAGES)
+    for network in (odd.train(), network_file.load(tmp_path / 'small').train()):
         network(IMAGES).square().sum().backward()
     gradients = [{name: p.grad for name, p in net.named_parameters()} for net in (odd, network)]
     for name, gradient in gradients[0].items():
@@ -93,23 +93,25 @@ def test_a_loaded_network_can_be_trained_like_the_original(odd, tmp_path):
 NETS = ['resnet20', 'mobilenet_v1', 'densenet', 'wrn10_1', 'vgg16', 'lenet300_100']
 
 
-def test_every_network_of_archs_in_a_new_process_that_has_only_export_py(odd, tmp_path):
+def test_every_network_of_archs_in_a_new_process_that_has_only_deploy(odd, tmp_path):
     torch.manual_seed(0)
     nets = {name: randomized(archs.build(name, 4)).eval() for name in NETS} | {'odd': odd.eval()}
     images = torch.randn(2, 3, 32, 32)
     for name, net in nets.items():
-        export.save(net, tmp_path / name, images)
+        network_file.save(net, tmp_path / name, images)
         torch.save((images, net(images).detach()), tmp_path / f'{name}.expected')
-    export.write_pt2(nets['resnet20'], images, tmp_path / 'program.pt2')
+    formats.write_pt2(nets['resnet20'], images, tmp_path / 'program.pt2')
     torch.save((images, nets['resnet20'](images).detach()), tmp_path / 'program.expected')
-    shutil.copy(ROOT / 'export.py', tmp_path)
+    shutil.copytree(ROOT / 'deploy', tmp_path / 'deploy')
+    shutil.copy(ROOT / 'sparse_utils.py', tmp_path)
     program = """
-import pathlib, sys, torch, export
+import pathlib, sys, torch
+from deploy import load, read
 torch.set_num_threads(1)
 for path in sorted(pathlib.Path().glob('*.expected')):
     images, expected = torch.load(path, weights_only=True)
     file = path.with_suffix('.pt2')
-    network = export.read(file, trust=True) if file.exists() else export.load(path.stem)
+    network = read(file, trust=True) if file.exists() else load(path.stem)
     torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     print(path.stem, end=' ')
 print('archs' in sys.modules)
@@ -128,7 +130,7 @@ def saved(tmp_path):
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
     )
-    export.save(net, tmp_path / 'small', IMAGES)
+    network_file.save(net, tmp_path / 'small', IMAGES)
     return tmp_path / 'small', json.loads((tmp_path / 'small.json').read_text())
 
 
@@ -141,7 +143,7 @@ def refused(saved, spoil, message):
     spoil(description)
     path.with_suffix('.json').write_text(json.dumps(description))
     with pytest.raises(ValueError, match=message) as caught:
-        export.load(path)(IMAGES)
+        network_file.load(path)(IMAGES)
     assert '\n' not in str(caught.value) and 'small.json' in str(caught.value) and not Path('ran').exists()
 
 
@@ -216,7 +218,7 @@ def test_the_names_of_operations_never_reach_the_generated_code(saved, tmp_path,
     path, description = saved
     text = json.dumps(description).replace('"input_1"', json.dumps(f'x={ATTACK}')).replace('"_0"', json.dumps(f'1;{ATTACK}'))
     path.with_suffix('.json').write_text(text)
-    network = export.load(path)  # the names only say which operation is meant, so these are odd but harmless
+    network = network_file.load(path)  # the names only say which operation is meant, so these are odd but harmless
     assert network(IMAGES).shape == (3, 2) and 'import' not in network.code and not Path('ran').exists()
 
 
@@ -256,24 +258,24 @@ def test_damaged_and_missing_files_give_one_sentence(saved, tmp_path):
     for content, message in ((weights[:200], 'damaged'), (pickle.dumps(Attack(), protocol=2), 'damaged'), (b'', 'damaged')):
         path.with_suffix('.pt').write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            export.load(path)
+            network_file.load(path)
     assert not (tmp_path / 'ran').exists()
     torch.save([torch.zeros(1)], path.with_suffix('.pt'))
     with pytest.raises(ValueError, match='dict of tensors'):
-        export.load(path)
+        network_file.load(path)
     torch.save({'0.weight': torch.zeros(4, 3, 3, 3, dtype=torch.long)}, path.with_suffix('.pt'))
     with pytest.raises(ValueError, match='int64|no tensor'):
-        export.load(path)
+        network_file.load(path)
     path.with_suffix('.pt').unlink()
     with pytest.raises(ValueError, match='cannot read the weights'):
-        export.load(path)
+        network_file.load(path)
     for text in ('{"format"', '[' * 100_000, 'null', '"text"'):
         path.with_suffix('.json').write_text(text)
         path.with_suffix('.pt').write_bytes(weights)
         with pytest.raises(ValueError, match='no valid JSON|no description'):
-            export.load(path)
+            network_file.load(path)
     with pytest.raises(ValueError, match='cannot read the description'):
-        export.load(tmp_path / 'other')
+        network_file.load(tmp_path / 'other')
 
 
 class Calls(nn.Module):
@@ -297,16 +299,16 @@ class Calls(nn.Module):
 )
 def test_what_cannot_be_described_is_named_and_nothing_is_written(function, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        export.save(Calls(function), tmp_path / 'small', IMAGES)
+        network_file.save(Calls(function), tmp_path / 'small', IMAGES)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_parametrized_layer_and_an_unfit_info_are_named(odd, tmp_path):
     with pytest.raises(ValueError, match='JSON'):
-        export.save(odd, tmp_path / 'small', IMAGES, weights=torch.ones(1))
+        network_file.save(odd, tmp_path / 'small', IMAGES, weights=torch.ones(1))
     nn.utils.parametrize.register_parametrization(odd.branches['b'], 'weight', nn.Identity())
     with pytest.raises(ValueError, match='branches.b is parametrized'):
-        export.save(odd, tmp_path / 'small', IMAGES)
+        network_file.save(odd, tmp_path / 'small', IMAGES)
     assert not list(tmp_path.iterdir())
 
 
@@ -316,8 +318,8 @@ def test_a_subclass_of_a_layer_is_not_taken_for_the_layer(tmp_path):
             return 2 * super().forward(x)
 
     net = nn.Sequential(Doubled())
-    export.save(net, tmp_path / 'small', IMAGES)
-    assert torch.equal(export.load(tmp_path / 'small')(IMAGES), 2 * IMAGES.relu())
+    network_file.save(net, tmp_path / 'small', IMAGES)
+    assert torch.equal(network_file.load(tmp_path / 'small')(IMAGES), 2 * IMAGES.relu())
 
 
 # ------------------------------------------------------------------------------------------------ files for other programs
@@ -328,23 +330,23 @@ def test_pt2_and_torchscript_take_any_batch_and_are_read_only_with_trust(odd, tm
     odd.train()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        export.write_pt2(odd, IMAGES[:1], tmp_path / 'a.pt2')
-        export.write_torchscript(odd, IMAGES[:1], tmp_path / 'a.ts')
+        formats.write_pt2(odd, IMAGES[:1], tmp_path / 'a.pt2')
+        formats.write_torchscript(odd, IMAGES[:1], tmp_path / 'a.ts')
         assert odd.training
         shutil.copy(tmp_path / 'a.ts', tmp_path / 'b.pt')  # whatever its name
         for name, kind in (('a.pt2', '.pt2'), ('a.ts', 'TorchScript'), ('b.pt', 'TorchScript')):
             with pytest.raises(ValueError, match=f'{kind} file, which can carry code'):
-                export.read(tmp_path / name)
-            torch.testing.assert_close(export.read(tmp_path / name, trust=True)(IMAGES), expected, rtol=0, atol=1e-6)
+                formats.read(tmp_path / name)
+            torch.testing.assert_close(formats.read(tmp_path / name, trust=True)(IMAGES), expected, rtol=0, atol=1e-6)
 
 
 def test_read_knows_the_kinds_of_files(odd, tmp_path):
-    export.save(odd, tmp_path / 'small', IMAGES)
+    network_file.save(odd, tmp_path / 'small', IMAGES)
     for name in ('small.pt', 'small.json', 'small'):
-        assert torch.equal(export.read(tmp_path / name)(IMAGES), odd.eval()(IMAGES))
+        assert torch.equal(formats.read(tmp_path / name)(IMAGES), odd.eval()(IMAGES))
     (tmp_path / 'small.json').unlink()
     with pytest.raises(ValueError, match='without the description small.json'):
-        export.read(tmp_path / 'small.pt')
+        formats.read(tmp_path / 'small.pt')
     (tmp_path / 'x.onnx').write_bytes(b'\x08')
     (tmp_path / 'x.pt').write_bytes(b'\x80\x04')
     (tmp_path / 'x.pt2').write_bytes((tmp_path / 'small.pt').read_bytes())
@@ -355,14 +357,14 @@ def test_read_knows_the_kinds_of_files(odd, tmp_path):
         ('x.pt2', True, 'cannot be read as a .pt2'),
     ):
         with pytest.raises(ValueError, match=message):
-            export.read(tmp_path / name, trust=trust)
+            formats.read(tmp_path / name, trust=trust)
 
 
 def test_onnx_takes_any_batch(odd, tmp_path):
     pytest.importorskip('onnxscript')
     runtime = pytest.importorskip('onnxruntime')
     net = nn.Sequential(odd.conv, odd.bn, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).train()
-    export.write_onnx(net, IMAGES[:1], tmp_path / 'a.onnx')
+    formats.write_onnx(net, IMAGES[:1], tmp_path / 'a.onnx')
     assert [path.name for path in tmp_path.iterdir()] == ['a.onnx'] and net.training
     session = runtime.InferenceSession(tmp_path / 'a.onnx')
     for images in (IMAGES, IMAGES[:1]):
@@ -373,4 +375,4 @@ def test_onnx_takes_any_batch(odd, tmp_path):
 def test_onnx_names_the_packages_that_are_missing(odd, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else object())
     with pytest.raises(ValueError, match='pip install onnxscript$'):
-        export.write_onnx(odd, IMAGES, tmp_path / 'a.onnx')
+        formats.write_onnx(odd, IMAGES, tmp_path / 'a.onnx')

@@ -13,12 +13,12 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, read_run, run_main, same_state
-from test_methods import QUICK
+from helpers import QUICK, TINY, read_run, run_main, same_state
 
 import main as program
 import methods
-import record
+from deploy import files
+from harness import training
 
 RUN = ['--method=gmp', '--frequency=1', '--ptarget=0.8', '--epochs=3']
 PIPELINE = ['--method=lrr', '--rate=0.6', '--ptarget=0.8', '--epochs=2']
@@ -47,7 +47,7 @@ class Stopped(BaseException):
 
 def stop_after(monkeypatch, name, number):
     """Let the process die after it has written the file `name` `number` times."""
-    write, seen = record.write_atomically, []
+    write, seen = files.write_atomically, []
 
     def dying(path, content):
         write(path, content)
@@ -55,7 +55,7 @@ def stop_after(monkeypatch, name, number):
         if seen.count(name) == number:
             raise Stopped
 
-    monkeypatch.setattr(record, 'write_atomically', dying)
+    monkeypatch.setattr(files, 'write_atomically', dying)
 
 
 @pytest.mark.parametrize('number', range(1, 9))
@@ -131,14 +131,14 @@ def test_a_damaged_model_is_not_published(how, whole, tmp_path):
 
 
 def test_a_diverging_loss_names_step_rate_and_checkpoint(tmp_path, monkeypatch):
-    backward, calls = program.backward, []
+    backward, calls = training.backward, []
 
     def explodes(*args):
         calls.append(0)
         loss = backward(*args)
         return loss * float('nan') if len(calls) == 8 else loss
 
-    monkeypatch.setattr(program, 'backward', explodes)
+    monkeypatch.setattr(training, 'backward', explodes)
     steps = 96 // 32  # of an epoch of the tiny problem
     said = refusal(tmp_path / 'r', '--method=dense', '--epochs=5', '--lr=0.02', '--lr-schedule=constant')
     assert f'step 2 of {steps} of epoch 3 of train' in said and 'learning rate of 0.02' in said

@@ -12,20 +12,20 @@ import os
 import pytest
 import torch
 import yaml
-from conftest import TINY, run_main
+from helpers import TINY, run_main
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from make_data import cifar10, mnist
 from torch import nn
 
 import args as arguments
-import compressor
-import data
-import export
-import launch
 import methods
-import published
-import record
+from deploy import files, network_file
+from deploy.files import FileError
+from harness import data, launch, published
+from methods._algorithms import ALGORITHMS, algorithm
+from pruners import selection
+from pruners.compressor import StatisticsPruner
 
 COMMON = dict(deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile('short', max_examples=60, **COMMON)
@@ -125,10 +125,10 @@ def edited(content, edits):
 def test_damaged_weight_files(tmp_path_factory, weights, edits):
     path = tmp_path_factory.mktemp('w') / 'w.pt'
     path.write_bytes(edited(weights, edits))
-    found = with_refusal(lambda: published.read(path), record.RunError)
+    found = with_refusal(lambda: files.read_published(path), FileError)
     if found is not None:  # the damage was where nothing is stored, or there was none
         whole = torch.load(io.BytesIO(weights), weights_only=True)
-        state, about = published.unfold(whole)
+        state, about = files.unpack_sparse(whole)
         assert all(torch.equal(found[0][name], tensor) for name, tensor in state.items()) and found[1] == about
 
 
@@ -143,9 +143,9 @@ def test_weight_files_of_strange_content(tmp_path_factory, weights, about, parts
     content['about'] = json.dumps(about, default=str)
     content |= {name: torch.tensor(values, dtype=content[name].dtype) for name, values in parts.items()}
     torch.save(content, path)
-    found = with_refusal(lambda: published.read(path), record.RunError)
+    found = with_refusal(lambda: files.read_published(path), FileError)
     if found is not None:
-        with_refusal(lambda: published.rebuild(*found), record.RunError)
+        with_refusal(lambda: published.rebuild(*found), FileError)
 
 
 @pytest.fixture(scope='module')
@@ -178,7 +178,7 @@ def test_damaged_data_files(datasets, edits, name, sums):
 
 LAYER = st.fixed_dictionaries({}, optional={key: TREES for key in ('name', 'class', 'config', 'type', 'arguments')})
 DESCRIPTIONS = st.fixed_dictionaries(
-    {'format': st.just(export.FORMAT)},
+    {'format': st.just(network_file.FORMAT)},
     optional={
         'layers': st.lists(LAYER, max_size=2) | TREES,
         'tensors': TREES,
@@ -190,7 +190,7 @@ DESCRIPTIONS = st.fixed_dictionaries(
 
 @given(TREES | DESCRIPTIONS, st.dictionaries(st.text(max_size=5), st.just(torch.zeros(2)), max_size=2))
 def test_descriptions_of_networks(description, tensors):
-    with_refusal(lambda: export.rebuild(description, tensors))
+    with_refusal(lambda: network_file.rebuild(description, tensors))
 
 
 KEYS = ['sparsity', 'op_types', 'op_names', 'exclude', 'initial_sparsity', 'final_sparsity', 'start_epoch', 'end_epoch']
@@ -207,23 +207,21 @@ LIKELY = st.fixed_dictionaries(
 LEAVES_OUT = st.fixed_dictionaries({'exclude': st.just(True)}, optional={'op_types': NAMES, 'op_names': NAMES})
 
 
-@given(
-    st.lists(ENTRIES | LIKELY | LEAVES_OUT, max_size=4) | st.none() | ENTRIES, st.sampled_from(sorted(compressor.ALGORITHMS))
-)
+@given(st.lists(ENTRIES | LIKELY | LEAVES_OUT, max_size=4) | st.none() | ENTRIES, st.sampled_from(sorted(ALGORITHMS)))
 def test_config_lists(config_list, name):
     """Taken, and then each layer has as many zeros as it was asked for, or refused in a sentence."""
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 5)]
     model = nn.Sequential(*layers)
     try:
-        pruner = compressor.algorithm(name)(model, config_list)
+        pruner = algorithm(name)(model, config_list)
     except ValueError as error:
         assert str(error) and '\n' not in str(error)
         return
     assert set(pruner.layers) <= {'0', '1', '3', '5'}
     assert all(0 <= entry['sparsity'] < 1 for entry in pruner.entries.values())
-    if not isinstance(pruner, compressor.StatisticsPruner):
+    if not isinstance(pruner, StatisticsPruner):
         pruner.compress()
         for layer, entry in pruner.entries.items() if name != 'slim' else ():
             scores = model[int(layer)].weight.flatten() if name == 'level' else model[int(layer)].weight.flatten(1).norm(dim=1)
-            wanted = min(compressor.num_pruned(len(scores), entry['sparsity']), len(scores) - 1)
+            wanted = min(selection.num_pruned(len(scores), entry['sparsity']), len(scores) - 1)
             assert int((scores == 0).sum()) == wanted

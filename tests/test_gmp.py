@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run_main
-from test_methods import kill_everywhere
+from helpers import TINY, kill_everywhere, run_main
 from torch import nn
 
 from args import parse
@@ -25,8 +24,8 @@ def gold(key):
 def make(model, steps, *words, optimizer=None):
     """A method on `model` and on an optimizer, before its first step."""
     method = Method(parse([*TINY, '--method=gmp', *words]))
-    method.prepare(model, steps)
-    optimizer = optimizer(method.param_groups(model)) if optimizer else None
+    method.prepare(model, steps, method.args)
+    optimizer = optimizer(method.param_groups(model, method.args)) if optimizer else None
     method.attach(Namespace(model=model, forward=model, optimizer=optimizer))
     return method, optimizer
 
@@ -44,7 +43,7 @@ def train(model, method, optimizer, steps, each=lambda step: None, device='cpu')
         loss = F.cross_entropy(model(x.to(device)), y.to(device))
         optimizer.zero_grad()
         loss.backward()
-        method.after_backward(step)
+        method.after_backward(step, (x, y))
         optimizer.step()
         method.after_step(step, (x, y))
         each(step)
@@ -78,7 +77,7 @@ def test_effective_weight_and_gradient_of_st3s_code(variant, words):
     assert torch.equal(masks[''], weight.abs() > 0.35)
     method.load_state_dict({'masks': masks})
     (layer.weight * torch.linspace(-1, 1, weight.numel()).view_as(weight)).sum().backward()
-    method.after_backward(0)
+    method.after_backward(0, None)
     assert torch.equal(layer.weight.detach(), gold(f'{variant}/soft0_rescale0/eff'))
     torch.testing.assert_close(method.weights[''].grad, gold(f'{variant}/soft0_rescale0/grad'), rtol=1e-6, atol=1e-6)
     dense = method.weights['']
@@ -153,7 +152,7 @@ def test_a_ramp_from_step_0_and_a_ramp_shorter_than_a_step():
     model = small()
     method, _ = make(model, 30, '--start-epoch=0', '--initial-sparsity=0.5')
     assert sum(zeros(model)) == round(0.5 * 784)  # before the first forward pass
-    method.prepare(model, 30)  # and again
+    method.prepare(model, 30, method.args)  # and again
     assert sum(zeros(model)) == round(0.5 * 784)
     for words in (['--start-epoch=2.99', '--end-epoch=3'], ['--start-epoch=0', '--end-epoch=0.01']):
         model = small()
@@ -259,7 +258,7 @@ def test_a_step_without_new_masks_does_not_wait_for_the_gpu(words):
     try:
         for step in range(12, 20):
             method.before_step(step)
-            method.after_backward(step)
+            method.after_backward(step, None)
             method.after_step(step, None)
     finally:
         torch.cuda.set_sync_debug_mode('default')

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, same_state
+from helpers import ROOT, same_state
 
 import args as arguments
-import launch
-from results import table as tables
+from harness import launch
+from harness import table as tables
 
 TINY_TABLE = """
 title: A tiny table
@@ -207,9 +207,9 @@ def test_every_row_of_every_config_parses_and_begins_dense(path):
 
 def test_recorded_tables_are_what_the_runs_say(tmp_path, monkeypatch):
     """The committed pages; then a page made from one recorded run, and that a touched digit is noticed."""
-    done = subprocess.run([sys.executable, ROOT / 'results' / 'table.py', '--check'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'harness.table', '--check'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(tables, 'HERE', tmp_path)
+    monkeypatch.setattr(tables, 'RESULTS', tmp_path)
     monkeypatch.setattr(tables, 'RUNS', tmp_path / 'runs.jsonl')
     monkeypatch.setattr(tables, 'READMES', [tmp_path / 'README.md'])
     (tmp_path / 'README.md').write_text('before\n<!-- results/quickstart.md -->\nold\n<!-- end -->\nafter\n')

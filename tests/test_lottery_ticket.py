@@ -5,9 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run_main, same_state
-from test_lrr import log_of, trained, weights_of  # noqa: F401  (a fixture)
-from test_methods import kill_everywhere
+from helpers import TINY, kill_everywhere, log_of, run_main, same_state, weights_of
 from torch import nn
 
 from args import parse
@@ -156,7 +154,7 @@ def test_a_killed_run_ends_the_same_late_rewinding_too(tmp_path, monkeypatch):
     assert kill_everywhere(tmp_path, monkeypatch, [*QUICK, '--rewind-epoch=1', '--prune-iterations=1']) == 10
 
 
-def test_rows_share_their_rounds(tmp_path, trained):  # noqa: F811
+def test_rows_share_their_rounds(tmp_path, trained):
     whole, state = run_main(tmp_path / 'alone', *QUICK)
     assert trained == ['round0', 'round1', 'round2']
     for last in range(3):

@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, run_main, same_state
-from test_methods import Killed, kill_at, kill_everywhere
+from helpers import TINY, Killed, kill_at, kill_everywhere, log_of, run_main, same_state, weights_of
 
 import main as program
 import methods.lrr
@@ -17,29 +16,10 @@ from methods.lrr import Method, rounds
 QUICK = ['--method=lrr', '--rate=0.5', '--epochs=1', '--limit-train=64']
 
 
-def log_of(folder):
-    """log.jsonl without the figures of time."""
-    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
-    return [{key: value for key, value in line.items() if 'second' not in key} for line in lines]
-
-
-def weights_of(state):
-    """The prunable weights of a state dict, as one vector."""
-    return torch.cat([tensor.flatten() for tensor in state.values() if tensor.dim() > 1])
-
-
 def stages_of(folder):
     numbers = range(sum(1 for _ in folder.glob('stage-round*.pt')))
     files = [*(folder / f'stage-round{r}.pt' for r in numbers), folder / 'checkpoint.pt']
     return [torch.load(file, weights_only=True) for file in files]
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """The names of the stages that are trained, not loaded."""
-    names, end_epoch = [], program.Job.end_epoch
-    monkeypatch.setattr(program.Job, 'end_epoch', lambda job, line: names.append(line['stage']) or end_epoch(job, line))
-    return names
 
 
 def test_rounds_by_hand():

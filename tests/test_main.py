@@ -9,13 +9,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_run, run_main, same_state
+from helpers import ROOT, TINY, read_run, run_main, same_state
 from make_data import cifar100
 
 import main as program
 from args import common_parser, parse
-from main import lr_factor
-from record import load as load_state
+from deploy.files import read_tensors as load_state
+from harness.training import lr_factor
 
 
 def command(*words, cwd=ROOT, **environment):
@@ -148,7 +148,7 @@ def test_from_starts_at_the_end_of_another_run(tmp_path, capsys):
 
 def test_two_runs_in_one_folder(tmp_path):
     from args import parse
-    from record import RunError, open_run
+    from harness.run_folder import RunError, open_run
 
     args = parse([*TINY, f'--out={tmp_path}'])
     _, lock = open_run(args)

@@ -1,48 +1,21 @@
 """The contract that every method keeps; a new file in methods/ is tested here without being named."""
 
-import contextlib
 import json
-import math
+from argparse import Namespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import TINY, read_run, run_main, same_state
+from helpers import EXACT, QUICK, TINY, kill_everywhere, read_run, run_main, same_state
 
 import archs
 import main as program
 import methods
-import record
 from args import parse
+from harness.training import make_optimizer, one_step
 from methods import Method
 from sparse_utils import count_zeros
 
 NAMES = methods.names()
-# Methods whose target is met to the weight: {name: zeros of n weights at a target}
-EXACT = {
-    'feather': lambda n, target: math.floor((n - 1) * target) + 1,
-    'st3': lambda n, target: math.floor((n - 1) * target) + 1,
-    'gmp': lambda n, target: round(target * n),
-    'lrr': lambda n, target: round(target * n),
-    'probmask': lambda n, target: n - round((1 - target) * n),
-}
-# Shorter pipelines; what they do is the same
-QUICK = {
-    'dsp': ['--group-epochs=1', '--finetune-epochs=2', '--cycles=2', '--val-size=0'],
-    'lottery_ticket': ['--prune-iterations=1'],
-    'lrr': ['--rate=0.6'],
-    'probmask': ['--finetune-epochs=1'],
-}
-TURN, SEARCH = ['--admm-iterations=1', '--admm-epochs=1'], ['--val-size=64', '--finetune-epochs=1']
-ANNEAL = ['--cool-down-rate=0.2', '--search-steps=2']
-QUICK |= {
-    'netadapt': [*SEARCH, '--layers', 'stage3.0.conv1', '--sparsity-per-iteration=0.3', '--short-term-steps=1'],
-    'simulated_annealing': [*SEARCH, *ANNEAL],
-    'admm': ['--finetune-epochs=1', '--admm-iterations=2', '--admm-epochs=1'],
-    'autocompress': [*SEARCH, *ANNEAL, *TURN, '--num-iterations=1'],
-}
-ONE_SHOT = ['level', 'slim', 'fpgm', 'l1_filter', 'l2_filter', 'apoz', 'mean_activation', 'taylor_fo', 'agp', 'random_filter']
-QUICK |= {name: ['--finetune-epochs=1'] for name in ONE_SHOT}
 
 
 def test_every_method_is_a_method():
@@ -84,45 +57,6 @@ def test_same_seed_same_result(name, tmp_path):
     assert same_state(one, two) and not same_state(one, other)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the code may catch it."""
-
-
-def kill_at(monkeypatch, number, halfway=False):
-    """Let the process die after its file write of this number, or in the middle of it."""
-    write, calls = record.write_atomically, []
-
-    def dying(path, content):
-        calls.append(path.name)
-        if len(calls) == number and halfway:
-            path.with_name(path.name + '.tmp').write_bytes(b'half')
-            raise Killed
-        write(path, content)
-        if len(calls) == number:
-            raise Killed
-
-    monkeypatch.setattr(record, 'write_atomically', dying)
-    return calls
-
-
-def kill_everywhere(tmp_path, monkeypatch, words, halfway=False):
-    """Kill a run at its first, second, ... write, start it again, and compare the end -> how many writes there are."""
-    whole, expected = run_main(tmp_path / 'whole', *words)
-    for number in range(1, 1000):
-        out = tmp_path / str(number)
-        with monkeypatch.context() as patch:
-            calls = kill_at(patch, number, halfway)
-            with contextlib.suppress(Killed):
-                run_main(out, *words)
-        if len(calls) < number:
-            return len(calls)
-        result, state = run_main(out, *words)
-        assert same_state(state, expected), f'killed at write {number}, of {calls[-1]}'
-        assert len((out / 'log.jsonl').read_text().splitlines()) == result['epochs'] == whole['epochs']
-        for key in ('accuracy', 'best_accuracy', 'zeros', 'macs_nonzero'):
-            assert result[key] == whole[key]
-
-
 @pytest.mark.parametrize('name', NAMES)
 def test_killed_after_any_write_it_ends_bit_identical(name, tmp_path, monkeypatch):
     # at least: arguments, log and checkpoint of two epochs, model, result
@@ -142,30 +76,26 @@ def test_other_image_sizes_channels_groups_and_amp(name):
     method = methods.load(name)(args)
     torch.manual_seed(0)
     model = archs.build('resnet20', 10, width=4, in_channels=1)
-    method.prepare(model, 6)
+    method.prepare(model, 6, method.args)
     assert not torch.cuda.is_initialized()
-    groups = method.param_groups(model)
+    groups = method.param_groups(model, method.args)
     assert len(groups) >= 2
     grouped = [id(p) for group in groups for p in group['params']]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())  # each parameter once
-    optimizer = torch.optim.SGD(groups, 0.05, momentum=0.9)
-    x, y = torch.randn(6, 1, 40, 40), torch.randint(0, 10, (6,))
+    batch = torch.randn(6, 1, 40, 40), torch.randint(0, 10, (6,))
+    fit = Namespace(args=args, batches=2, model=model, forward=model, optimizer=make_optimizer(args, groups))
+    fit.criterion, fit.example = torch.nn.CrossEntropyLoss(), batch[0][:1]
+    fit.autocast = torch.autocast('cpu', torch.bfloat16)
+    method.attach(fit)
     for step in range(6):
-        method.before_step(step)
-        with torch.autocast('cpu', torch.bfloat16, enabled=step % 2 == 1):
-            loss = F.cross_entropy(model(x), y)
-        extra = method.loss()
-        optimizer.zero_grad()
-        (loss if extra is None else loss + extra).backward()
-        method.after_backward(step)
-        optimizer.step()
-        method.after_step(step, (x, y))
+        fit.autocast = torch.autocast('cpu', torch.bfloat16, enabled=step % 2 == 1)
+        one_step(method, fit, step, batch)
         if step % 2:
             method.after_epoch(step // 2)
     model.eval()
-    before = model(x)
+    before = model(batch[0])
     model = method.finalize(model)
-    assert torch.equal(model(x), before)
+    assert torch.equal(model(batch[0]), before)
     assert not torch.cuda.is_initialized()
 
 
@@ -173,13 +103,12 @@ def test_weight_decay_is_for_weights_unless_asked():
     model = archs.build('resnet20', 10, width=4)
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     for words, decayed in ((['--wd=1e-3'], weights), (['--wd=1e-3', '--wd-all'], sum(p.numel() for p in model.parameters()))):
-        groups = Method(parse(words)).param_groups(model)
+        args = parse(words)
+        groups = Method(args).param_groups(model, args)
         assert sum(p.numel() for group in groups if group['weight_decay'] == 1e-3 for p in group['params']) == decayed
 
 
 # --------------------------------------------------------------------------------------------------- pipelines of stages
-
-
 class TwoStages(Method):
     """Trains, thresholds by hand, and trains again: what lottery tickets or fine-tuning do."""
 

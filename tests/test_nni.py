@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run_main
+from helpers import TINY, run_main
 from torch import nn
 
 import archs
-import distributed
 import methods
 from args import parse
+from deploy.shrinking import dependency_groups
 from methods import (
     ActivationAPoZRankFilterPruner,
     ActivationMeanRankFilterPruner,
@@ -28,7 +28,7 @@ from methods import (
 from methods.agp import sparsity_at
 from methods.fpgm import distances
 from methods.random_filter import RandomFilterPruner
-from shrink import dependency_groups
+from pruners import processes
 
 ONE_SHOT = [LevelPruner, SlimPruner, FPGMPruner, L1FilterPruner, L2FilterPruner]
 ONE_SHOT += [ActivationAPoZRankFilterPruner, ActivationMeanRankFilterPruner, TaylorFOWeightFilterPruner]
@@ -325,8 +325,8 @@ def test_processes_add_up_what_they_have_seen(monkeypatch):
     found = []
     for other in (None, torch.tensor([5.0, 1.0]).double()):  # sums of the second process
         if other is not None:
-            monkeypatch.setattr(distributed, 'world', lambda: 2)
-            monkeypatch.setattr(distributed, 'total', lambda sums, other=other: sums.add_(other))
+            monkeypatch.setattr(processes, 'world', lambda: 2)
+            monkeypatch.setattr(processes, 'total', lambda sums, other=other: sums.add_(other))
         pruner = ActivationMeanRankFilterPruner(model, config)
         pruner.watch()
         model.train()(torch.ones(1, 1, 1, 1))
@@ -687,7 +687,7 @@ def test_slim_runs_with_its_loss(tmp_path):
 def test_slims_loss_and_its_start_by_hand():
     method = methods.load('slim')(parse([*TINY, '--method=slim', '--bn-l1=0.01']))
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5))
-    method.prepare(model, 10)
+    method.prepare(model, 10, method.args)
     assert model[1].weight.tolist() == [0.5] * 3 and model[3].weight.tolist() == [0.5] * 5
     model[3].weight.data[0] = -2.5
     loss = method.loss()
@@ -695,7 +695,7 @@ def test_slims_loss_and_its_start_by_hand():
     loss.backward()
     torch.testing.assert_close(model[3].weight.grad, 0.01 * torch.tensor([-1.0, 1, 1, 1, 1]))
     method.pruner = SlimPruner(model, [{'sparsity': 0.5, 'op_types': ['BatchNorm2d']}])
-    method.prepare(model, 10)  # for fine-tuning: nothing is set, nothing is added
+    method.prepare(model, 10, method.args)  # for fine-tuning: nothing is set, nothing is added
     assert method.loss() is None and model[3].weight[0] == -2.5
 
 

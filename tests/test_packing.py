@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import archs
-import packing
-from packing import fold, pack
+from deploy import packing
+from deploy.packing import fold, pack
 
 
 def randomise(model):

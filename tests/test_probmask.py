@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, run_main, same_state
+from helpers import ROOT, TINY, run_main, same_state
 from torch import nn
 
 import archs
@@ -26,13 +26,13 @@ def make(*words, model=None):
     method = probmask.Method(parse([*TINY, '--method=probmask', '--ptarget=0.8', *words]))
     torch.manual_seed(0)
     model = archs.build('resnet20', 10, width=4, in_channels=1) if model is None else model
-    method.prepare(model, 6)
+    method.prepare(model, 6, method.args)
     return method, model, join(method, model)
 
 
 def join(method, model, **settings):
     settings = {'lr': 0.05, 'momentum': 0.9, 'nesterov': True} | settings
-    optimizer = torch.optim.SGD(method.param_groups(model), **settings)
+    optimizer = torch.optim.SGD(method.param_groups(model, method.args), **settings)
     fit = Namespace(
         model=model, forward=model, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), autocast=contextlib.nullcontext()
     )
@@ -51,7 +51,7 @@ def train(method, fit, steps=range(6)):
         loss = fit.criterion(fit.model(x), y)
         fit.optimizer.zero_grad()
         loss.backward()
-        method.after_backward(step)
+        method.after_backward(step, (x, y))
         fit.optimizer.step()
         method.after_step(step, (x, y))
         yield step
@@ -216,7 +216,8 @@ def test_registering_draws_nothing():
     torch.manual_seed(0)
     model = archs.build('resnet20', 10, width=4, in_channels=1)
     state = torch.get_rng_state()
-    probmask.Method(parse([*TINY, '--method=probmask'])).prepare(model, 6)
+    method = probmask.Method(parse([*TINY, '--method=probmask']))
+    method.prepare(model, 6, method.args)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -261,12 +262,11 @@ def test_the_step_averages_the_gradients_of_its_draws():
         (F.cross_entropy(twin(x), y) / 3).backward()
     torch.manual_seed(3)
     fit.criterion(model(x), y).backward()
-    method.after_backward(0)
+    method.after_backward(0, (x, y))
     for one, two in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(one.grad, two.grad, atol=1e-6)
     assert all(score.grad.count_nonzero() > 0 for score in method.scores)
     assert model.bn1.num_batches_tracked == 3
-    assert method.images is None and method.labels is None
 
 
 def test_one_sample_is_one_forward():
@@ -301,7 +301,7 @@ def test_preparing_again_keeps_layers_and_scores():
     method, model, fit = make()
     list(train(method, fit))
     before = list(map(id, model.parameters()))
-    method.prepare(model, 100)
+    method.prepare(model, 100, method.args)
     assert before == list(map(id, model.parameters())) and method.batches == 2
 
 
@@ -312,7 +312,7 @@ def test_what_is_pruned_stays_zero_in_finetuning():
     assert not model._forward_pre_hooks
     names = list(model.state_dict())
     assert names == list(archs.build('resnet20', 10, width=4, in_channels=1).state_dict())
-    method.prepare(model, 100)
+    method.prepare(model, 100, method.args)
     fit = join(method, model, weight_decay=0.1)
     masks = method.state_dict()['masks']
     assert sum(int(mask.sum()) for mask in masks) == round((1 - 0.8) * method.total)

@@ -6,11 +6,12 @@ import zlib
 
 import pytest
 import torch
-from conftest import TINY, run_main, same_state
+from helpers import TINY, run_main, same_state
 
 import main as program
-import published
-import record
+from deploy import files
+from deploy.files import FileError
+from harness import published
 
 
 @pytest.fixture(scope='module')
@@ -37,9 +38,9 @@ def test_gaps_by_hand():
     # zeros before each value: 0, 254, 0, 255, 0, 600 = 2 * 255 + 90
     positions = torch.tensor([0, 255, 256, 512, 513, 1114])
     code = [0, 254, 0, 255, 0, 0, 255, 255, 90]
-    assert published.encode(positions).tolist() == code
-    assert published.decode(torch.tensor(code, dtype=torch.uint8)).tolist() == positions.tolist()
-    assert published.encode(torch.empty(0, dtype=torch.int64)).tolist() == []
+    assert files.encode(positions).tolist() == code
+    assert files.decode(torch.tensor(code, dtype=torch.uint8)).tolist() == positions.tolist()
+    assert files.encode(torch.empty(0, dtype=torch.int64)).tolist() == []
 
 
 def test_the_state_comes_back_to_the_bit():
@@ -50,18 +51,18 @@ def test_the_state_comes_back_to_the_bit():
         'count': torch.tensor(17),
         'bool-like': torch.zeros(3),
     }
-    back, about = published.unfold(published.fold(state, {'row': 'x'}))
+    back, about = files.unpack_sparse(files.pack_sparse(state, {'row': 'x'}))
     assert same_state(back, state) and about == {'row': 'x'}
 
 
 def test_a_type_that_cannot_be_kept_exactly_is_refused():
     with pytest.raises(ValueError, match='a is torch.float64'):
-        published.fold({'a': torch.zeros(3, dtype=torch.float64)}, {})
+        files.pack_sparse({'a': torch.zeros(3, dtype=torch.float64)}, {})
 
 
 def test_a_run_is_published_and_checked(run, file, capsys):
     folder, result, state = run
-    back, about = published.read(file)
+    back, about = files.read_published(file)
     assert same_state(back, state) and about['zeros'] == result['zeros'] and 'out' not in about['args']
     assert file.stat().st_size < (folder / 'model.pt').stat().st_size / 3
     program.main([f'--evaluate={file}', '--no-cuda'])
@@ -80,7 +81,7 @@ def test_a_false_claim_is_found(file, capsys):
 @pytest.mark.parametrize('fault', ['a value set to zero', 'accuracy', 'no line in runs.jsonl', 'truncated'])
 def test_verify_finds_a_wrong_file(fault, file, monkeypatch, capsys, tmp_path):
     change(file, about={'table': 'table', 'row': 'row', 'seed': 0})
-    about = published.read(file)[1]
+    about = files.read_published(file)[1]
     monkeypatch.setattr(published.tables, 'recorded', lambda: {'table': {('row', 0): about}})
     assert published.verify([f'--weights={tmp_path}', f'--data-dir={tmp_path}']) == 0
     assert f'{about["zeros"]:,} zeros, {about["accuracy"]:.2f} % as it says' in capsys.readouterr().out
@@ -132,8 +133,8 @@ def hostile(kind, path):
 )
 def test_a_hostile_file_gets_one_sentence(kind, file, capsys):
     hostile(kind, file)
-    with pytest.raises(record.RunError, match='is no published weight file|is damaged'):
-        published.read(file)
+    with pytest.raises(FileError, match='is no published weight file|is damaged'):
+        files.read_published(file)
     assert 'code ran' not in capsys.readouterr().out
 
 
@@ -146,8 +147,8 @@ def test_a_hostile_file_gets_one_sentence(kind, file, capsys):
     ],
 )
 def test_a_network_that_is_not_the_one_described(args, message, file):
-    state, about = published.read(file)
-    with pytest.raises(record.RunError, match=message):
+    state, about = files.read_published(file)
+    with pytest.raises(FileError, match=message):
         published.rebuild(state, about | {'args': about['args'] | args})
 
 

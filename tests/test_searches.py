@@ -8,17 +8,17 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import run_main, same_state
+from helpers import Digits, Residual, batches, evaluator, of_target, residual, run_main, same_state
 from torch import nn
 
-import distributed
 from args import parse
-from compressor import ALGORITHMS
+from deploy.shrinking import dependency_groups, shrink
 from methods import L1FilterPruner, NetAdaptPruner, SimulatedAnnealingPruner, load
-from methods.netadapt import Cost
-from methods.simulated_annealing import CAP, arrange, is_accepted, keep_counts, meet, temperatures
-from shrink import dependency_groups, shrink
+from methods._algorithms import ALGORITHMS
+from methods.simulated_annealing import arrange, is_accepted, meet, temperatures
+from pruners import processes
+from pruners.cost import Cost
+from pruners.search import CAP, keep_counts
 from sparse_utils import count_macs, prunable_layers
 
 CONVS = [{'sparsity': 0.5, 'op_types': ['Conv2d']}]
@@ -29,25 +29,6 @@ def chain(widths=(12, 16, 20)):
     torch.manual_seed(0)
     a, b, c = widths
     return nn.Sequential(nn.Conv2d(4, a, 3), nn.ReLU(), nn.Conv2d(a, b, 3), nn.ReLU(), nn.Conv2d(b, c, 3))
-
-
-class Residual(nn.Module):
-    """Modules in another order than that of the computation; stem and back end in one stream."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc, self.back, self.norm = nn.Linear(6, 3), nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.front, self.stem = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(2, 6, 3, padding=1)
-
-    def forward(self, x):
-        x = F.relu(self.stem(x))
-        x = F.relu(x + self.norm(self.back(F.relu(self.front(x)))))
-        return self.fc(x.mean((2, 3)))
-
-
-def residual():
-    torch.manual_seed(0)
-    return Residual()
 
 
 def pruned_filters(model):
@@ -83,13 +64,7 @@ def weights(model):
     return sum(layer.weight.numel() for layer in prunable_layers(model).values())
 
 
-def of_target(sparsity):
-    return [{'sparsity': sparsity, 'op_types': ['Conv2d']}]
-
-
 # ----------------------------------------------------------------------------------------------------- pieces by hand
-
-
 def test_larger_layers_get_the_larger_values_and_equal_ones_keep_their_order():
     assert arrange([0.9, 0.1, 0.5], [1, 2, 3]) == [0.1, 0.5, 0.9]
     assert arrange([0.9, 0.1, 0.5], [30, 2, 1]) == [0.9, 0.5, 0.1]
@@ -124,7 +99,6 @@ def test_acceptance_is_relative_to_the_spread_of_scores():
 
 
 # ------------------------------------------------------------------------------------------------------ the hard cases
-
 EVALUATORS = {
     'constant': constant,
     'tiny scores': lambda model: 1e-9 * sensitivity(model),
@@ -207,8 +181,6 @@ def test_one_layer_and_layers_with_one_filter(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- where the best split is known
-
-
 def best_split(fits, of):
     """By enumeration: the best score of all counts of filters (at least one a layer stays) that fit the budget."""
     scores = {}
@@ -271,8 +243,6 @@ def test_the_perturbation_shrinks_with_the_temperature(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- what it counts, and exports
-
-
 def test_the_cost_is_that_of_the_shrunk_network():
     model, x = residual(), torch.randn(2, 2, 9, 9)
     groups = dependency_groups(model, x)
@@ -437,14 +407,12 @@ def test_all_processes_decide_by_the_mean_of_their_scores(monkeypatch, tmp_path)
         make(model, tmp_path / make.__name__ / '1', sensitivity).compress()
         alone, model = shares(model), chain()
         with monkeypatch.context() as patch:
-            patch.setattr(distributed, 'average', average)
+            patch.setattr(processes, 'average', average)
             make(model, tmp_path / make.__name__ / '2', sensitivity).compress()
         assert shares(model)[0] > alone[0]
 
 
 # ------------------------------------------------------------------------------------------------------- files, resuming
-
-
 def read_history(folder):
     with open(folder / 'search_history.csv', newline='') as file:
         return list(csv.DictReader(file))
@@ -538,27 +506,25 @@ def test_what_is_left_of_another_search_is_not_used(tmp_path):
     for make in (anneal, adapt):
         folder = tmp_path / make.__name__
         make(chain(), folder, sensitivity).compress()
-        for model, evaluator, more in (
+        for model, score, more in (
             (chain(), lambda m: -shares(m)[2] + 3, {}),  # another evaluator
             (chain(), sensitivity, {'config_list': of_target(0.4)}),
             (chain((20, 12, 16)), sensitivity, {}),
         ):
-            fresh = make(copy.deepcopy(model), tmp_path / 'fresh' / make.__name__ / str(id(model)), evaluator, **more)
-            again = make(model, folder, evaluator, **more)
+            fresh = make(copy.deepcopy(model), tmp_path / 'fresh' / make.__name__ / str(id(model)), score, **more)
+            again = make(model, folder, score, **more)
             fresh.compress(), again.compress()
             assert again.result == fresh.result
 
 
 # -------------------------------------------------------------------------------------------------------- what is refused
-
-
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
         ({'optimize_mode': 'max'}, "optimize_mode must be 'maximize' or 'minimize', got 'max'"),
         ({'base_algo': 'l3'}, "there is no pruning algorithm 'l3'"),
         ({'evaluator': None}, 'evaluator must be a function'),
-        ({'base_algo': 'taylorfo'}, "'taylorfo' judges by training batches"),
+        ({'base_algo': 'taylorfo'}, 'judges by training batches'),
         ({'config_list': [CONVS[0], {'sparsity': 0.4, 'op_names': ['0']}]}, r'all entries .* need the same, not \[0.4, 0.5\]'),
         ({'config_list': [{'sparsity': 0.5, 'op_types': ['Linear']}]}, 'this pruner takes Conv2d only'),
     ],
@@ -584,27 +550,6 @@ def test_faulty_arguments_of_one(tmp_path):
             make(chain(), tmp_path, lambda model: 'good').compress()
 
 
-# ----------------------------------------------------------------------------------------------- the document's examples
-
-
-class Digits(nn.Module):
-    """NNI's own test network, for images of one channel."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1, self.pool = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(2)
-        self.conv2, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(32, 2)
-
-    def forward(self, x):
-        return self.fc(self.conv2(self.pool(F.relu(self.bn1(self.conv1(x))))).flatten(1))
-
-
-def batches():
-    generator = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(16, 1, 12, 12, generator=generator), torch.randint(0, 2, (16,), generator=generator)
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 8)
-
-
 def short_term_fine_tuner(model, epoch=3):
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     train_loader = batches()
@@ -619,22 +564,6 @@ def short_term_fine_tuner(model, epoch=3):
             loss = criterion(output, target)
             loss.backward()
             optimizer.step()
-
-
-def evaluator(model):
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    val_loader = batches()
-    model.eval()
-    correct = 0
-    with torch.no_grad():
-        for data, target in val_loader:
-            data, target = data.to(device), target.to(device)
-            output = model(data)
-            # get the index of the max log-probability
-            pred = output.argmax(dim=1, keepdim=True)
-            correct += pred.eq(target.view_as(pred)).sum().item()
-    accuracy = correct / len(val_loader.dataset)
-    return accuracy
 
 
 def exported(pruner, folder):
@@ -676,8 +605,6 @@ def test_the_documents_example_of_simulated_annealing(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- the command line
-
-
 @pytest.mark.parametrize('name', ['netadapt', 'simulated_annealing', 'autocompress'])
 def test_without_a_validation_split_there_is_no_search(name):
     with pytest.raises(ValueError, match='give it images with --val-size'):
@@ -687,7 +614,7 @@ def test_without_a_validation_split_there_is_no_search(name):
 def test_the_test_set_has_no_say(tmp_path, monkeypatch):
     words = ['--method=simulated_annealing', '--epochs=1', '--val-size=64', '--finetune-epochs=0', '--cool-down-rate=0.1']
     one = run_main(tmp_path / 'a', *words)[1]
-    import data
+    from harness import data
 
     split = data.read_digits
 

@@ -9,13 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from conftest import run_main
+from helpers import run_main
 from torch import nn
 
 import archs
-import export
-import shrink as module
-from shrink import agree, dependency_groups, measure_latency, rebuild_optimizer, shrink, shrink_run, take
+from deploy import formats, latency, network_file, outputs
+from deploy import shrinking as module
+from deploy.latency import measure_latency
+from deploy.shrinking import dependency_groups, rebuild_optimizer, shrink, take
+from harness import shrunk
+from harness.shrunk import shrink_run
+from pruners.selection import agree
+from sparse_utils import count_macs
 
 
 def seeded(*layers):
@@ -48,7 +53,7 @@ def images(*shape):
 
 def assert_same(model, small, x):
     """Equal outputs to 1e-5 of the largest, in eval mode, also for inputs that shrink() has not seen."""
-    with torch.no_grad(), export.eval_mode(model), export.eval_mode(small):
+    with torch.no_grad(), outputs.eval_mode(model), outputs.eval_mode(small):
         one, other = model(x), small(x)
     assert one.abs().max() > 1e-3
     torch.testing.assert_close(other, one, rtol=0, atol=1e-5 * float(one.abs().max()))
@@ -432,7 +437,7 @@ def filters(model):
 def norms_after(model):
     """{layer name: the batch norm that follows it}."""
     modules, found = dict(model.named_modules()), {}
-    for node in export.trace(model).nodes:
+    for node in network_file.trace(model).nodes:
         if node.op == 'call_module' and isinstance(modules[node.target], nn.BatchNorm2d):
             found[str(node.args[0].target)] = modules[node.target]
     return found
@@ -452,7 +457,7 @@ def masked(model, groups, with_norms=True):
 
 def check(model, small, x):
     assert_same(model, small, images(3, *x.shape[1:]))
-    macs = [sum(dense for dense, _ in module.count_macs(net, x).values()) for net in (model, small)]
+    macs = [sum(dense for dense, _ in count_macs(net, x).values()) for net in (model, small)]
     assert macs[1] < 0.85 * macs[0] and parameters(small) < 0.85 * parameters(model)
     small.train()(x).square().sum().backward()
     assert all(parameter.grad is not None for parameter in small.parameters())
@@ -530,8 +535,8 @@ def test_a_small_network_is_saved_and_loaded(tmp_path):
     model, x = network('densenet')
     masked(randomized(model), [])
     small = shrink(model, x)
-    export.save(small, tmp_path / 'small', x)
-    assert_same(model, export.load(tmp_path / 'small'), x)
+    network_file.save(small, tmp_path / 'small', x)
+    assert_same(model, network_file.load(tmp_path / 'small'), x)
 
 
 # -------------------------------------------------------------------------------------------------------- dependency groups
@@ -676,7 +681,7 @@ def run(tmp_path_factory):
     """A finished run whose network then lost filters, as if a filter method had pruned it."""
     folder = tmp_path_factory.mktemp('run') / 'run'
     run_main(folder, '--method=dense', '--epochs=1', '--width=8')
-    model, example = module.rebuild_run(folder)
+    model, example = shrunk.rebuild_run(folder)
     masked(model, dependency_groups(model, example))
     torch.save(model.state_dict(), folder / 'model.pt')
     return folder, model
@@ -684,13 +689,13 @@ def run(tmp_path_factory):
 
 def test_a_run_is_shrunk_and_its_files_hold_the_same_network(run, capsys, monkeypatch):
     folder, model = run
-    monkeypatch.setattr(module, 'measure_latency', functools.partial(measure_latency, seconds=0))
+    monkeypatch.setattr(latency, 'measure_latency', functools.partial(measure_latency, seconds=0))
     result = shrink_run(folder, pt2=True, torchscript=True, threads=1)
     x = images(3, 1, 8, 8)
-    small = export.load(folder / 'small')
+    small = network_file.load(folder / 'small')
     assert_same(model, small, x)
     for name in ('small.pt2', 'small.ts'):
-        assert_same_program(model, export.read(folder / name, trust=True), x)
+        assert_same_program(model, formats.read(folder / name, trust=True), x)
     assert result['dense_parameters'] == parameters(model) > parameters(small) == result['small_parameters']
     assert result['small_macs'] < result['dense_macs'] and result['small_ms_32'] > 0 and small.info['run'] == 'run'
     printed = capsys.readouterr().out
@@ -705,9 +710,9 @@ def assert_same_program(model, program, x):
 
 def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     folder, model = run
-    monkeypatch.setattr(module, 'measure_latency', functools.partial(measure_latency, seconds=0))
-    module.main([f'--shrink={folder}', '--round-to', '4', '--threads=1'])
-    small = export.load(folder / 'small')
+    monkeypatch.setattr(latency, 'measure_latency', functools.partial(measure_latency, seconds=0))
+    shrunk.main([f'--shrink={folder}', '--round-to', '4', '--threads=1'])
+    small = network_file.load(folder / 'small')
     plain = shrink(model, images(1, 1, 8, 8))
     odd = [[layer for layer in filters(net).values() if len(layer.weight) % 4] for net in (small, plain)]
     assert not odd[0] and odd[1] and small.info['round_to'] == 4
@@ -719,7 +724,7 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
         (['--shrink', str(folder), '--lr=1'], 2, 'unrecognized arguments: --lr=1'),
     ):
         with pytest.raises(SystemExit) as ended:
-            module.main(words)
+            shrunk.main(words)
         assert ended.value.code == status or str(ended.value.code).startswith(str(status))
         assert message is None or message in capsys.readouterr().err
 
@@ -773,8 +778,8 @@ class Statements(nn.Module):
 
 
 def test_statements_in_place_are_seen():
-    from dsp_wrappers import PruneWrapper
-    from packing import pack
+    from deploy.packing import pack
+    from pruners.group_pruning import PruneWrapper
 
     model, x = randomized(Statements()).eval(), images(2, 3, 8, 8)
     expected = model(x)

@@ -10,28 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import LAYERS, GoldenNet, Sharing
 from torch import nn
 from torch.nn.utils import parametrize
 
 from sparse_utils import Feather, Pruner, count_macs, count_zeros, feather, global_threshold, prunable_layers
 
 HERE = Path(__file__).parent
-
-
-class GoldenNet(nn.Module):
-    """The network whose trajectories under the authors' code are in tests/golden."""
-
-    def __init__(self):
-        super().__init__()
-        self.c1, self.b1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.dw = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
-        self.c2, self.b2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.c3, self.fc = nn.Conv2d(16, 16, 1, bias=False), nn.Linear(16, 5)
-
-    def forward(self, x):
-        x = F.relu(self.dw(F.relu(self.b1(self.c1(x)))))
-        x = F.relu(self.c3(F.relu(self.b2(self.c2(x)))))
-        return self.fc(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize('name', ['feather_r90', 'feather_r98'])
@@ -70,7 +55,6 @@ def test_trajectory_of_the_authors_code(name, layout):
 
 
 # ---------------------------------------------------------------------------------------------------------- the operator
-
 WEIGHTS = [-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.25, 2.0]  # at T = 1: only -2, 1.25 and 2 are larger
 
 
@@ -140,8 +124,6 @@ def test_operator_is_the_papers_formula():
 
 
 # ---------------------------------------------------------------------------------------------------- the global threshold
-
-
 def sorted_threshold(weights, ratio):
     """The definition, in three lines of numpy."""
     magnitude = np.sort(np.concatenate([w.double().abs().flatten().numpy() for w in weights]))
@@ -213,8 +195,6 @@ def test_threshold_refuses_nonsense():
 
 
 # ------------------------------------------------------------------------------------------------------------ the pruner
-
-
 def conv_net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
@@ -315,25 +295,6 @@ def test_a_second_pruner_is_refused():
         Pruner(model)
 
 
-class OwnConv(nn.Conv2d):
-    pass
-
-
-LAYERS = [
-    (lambda: nn.Conv2d(4, 6, 3, dilation=2), (2, 4, 9, 9)),
-    (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode='circular'), (2, 4, 9, 9)),
-    (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode='reflect'), (2, 4, 9, 9)),
-    (lambda: nn.Conv2d(4, 6, 3, padding='same'), (2, 4, 9, 9)),
-    (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (2, 4, 9, 9)),
-    (lambda: nn.Conv2d(4, 4, 3, groups=4), (2, 4, 9, 9)),
-    (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (2, 4, 9, 9)),
-    (lambda: nn.Conv1d(4, 6, 3), (2, 4, 9)),
-    (lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 3, 3)),
-    (lambda: OwnConv(4, 6, 3), (2, 4, 9, 9)),
-    (lambda: nn.Linear(9, 5), (2, 9)),
-]
-
-
 @pytest.mark.parametrize('make, shape', LAYERS)
 def test_layer_parity(make, shape):
     """The layer computes what the plain layer does with the thresholded weight, whatever its options (also as the root)."""
@@ -346,20 +307,6 @@ def test_layer_parity(make, shape):
     assert torch.equal(layer(x), plain(x))
     pruner.desparsify()
     assert torch.equal(layer(x), plain(x)) and type(layer) is type(plain) and list(layer.state_dict()) == ['weight', 'bias']
-
-
-class Sharing(nn.Module):
-    """One convolution used by two parents, and two linear layers that are tied to one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
-        self.b = nn.Sequential(self.a[0])
-        self.f, self.g = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.g.weight = self.f.weight
-
-    def forward(self, x):
-        return self.g(self.f(self.b(self.a(x)).mean((2, 3))))
 
 
 def test_shared_layers_and_tied_weights_count_once():
@@ -460,8 +407,6 @@ def test_parametrized_layer_compiles_in_one_graph():
 
 
 # -------------------------------------------------------------------------------------------------------------- counting
-
-
 def test_macs_by_hand():
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, stride=2),  # 9x9 -> 4x4: 72 weights x 16 places
@@ -493,8 +438,6 @@ def test_linear_over_positions():
 
 
 # ----------------------------------------------------------------------------------------------------------- copying it
-
-
 def test_one_file_that_works_alone(tmp_path):
     """Copied into an empty folder: only torch and the standard library are imported, and the sketch of the seed runs."""
     (tmp_path / 'sparse_utils.py').write_text((HERE.parent / 'sparse_utils.py').read_text())

@@ -6,20 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_methods as contract
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run_main
+from helpers import EXACT, TINY, kill_everywhere, log_of, run_main
 from torch import nn
 from torch.nn.utils import parametrize
 
 import archs
 from args import parse
+from harness.result import totals
 from methods.st3 import Method, STEPrunedLayer, effective_weight, l1, l1std, progress
-from record import totals
 from sparse_utils import count_macs, count_zeros, prunable_layers
 
-contract.EXACT['st3'] = lambda n, target: math.floor((n - 1) * target) + 1  # the contract of test_methods.py counts it too
 GOLD = np.load(Path(__file__).parent / 'golden' / 'st3.npz')
 WEIGHTS = {name: torch.as_tensor(GOLD[f'w/{name}']) for name in ('conv', 'pw', 'fc')}
 CRITERIA = {'l1': l1, 'l1std': l1std}
@@ -60,7 +58,7 @@ def test_effective_weight_of_the_authors_code(soft, rescale, layout):
 
 def test_schedule_of_the_authors_code():
     pruning = method('--start-epoch=1', '--end-epoch=4', '--epochs=6', '--ptarget=0.9')
-    pruning.prepare(network(), 30)
+    pruning.prepare(network(), 30, pruning.args)
     ratios = []
     for step in range(30):
         pruning.after_step(step, None)
@@ -143,18 +141,14 @@ def test_sigma_is_of_the_shape_and_not_of_the_fan_in():
 @pytest.mark.parametrize('sigma', [[], ['--sigma']])
 def test_a_run_meets_its_target_to_the_weight(ptarget, sigma, tmp_path):
     result, _ = run_main(tmp_path, '--method=st3', f'--ptarget={ptarget}', '--epochs=1', *sigma)
-    assert result['zeros'] == contract.EXACT['st3'](result['weights'], float(ptarget))
-    line = contract.last_line(tmp_path)
+    assert result['zeros'] == EXACT['st3'](result['weights'], float(ptarget))
+    line = log_of(tmp_path)[-1]
     assert line['ratio'] == float(ptarget) and line['threshold'] > 0 and line['sparsity'] == result['sparsity']
-
-
-def test_the_contract_counts_exactly(tmp_path):
-    contract.test_run_leaves_what_it_says('st3', tmp_path)
 
 
 def test_sigma_killed_after_any_write_ends_bit_identical(tmp_path, monkeypatch):
     words = ['--method=st3', '--sigma', '--ptarget=0.8', '--epochs=2', '--limit-train=32']
-    assert contract.kill_everywhere(tmp_path, monkeypatch, words) == 7
+    assert kill_everywhere(tmp_path, monkeypatch, words) == 7
 
 
 def test_switches(tmp_path):
@@ -169,14 +163,14 @@ def test_ramp():
     assert [progress(done, 2, 6, 3) for done in (0, 2, 6, 9)] == [0, 0, 1, 1]
     assert progress(4, 2, 6, 3) == 1 - 0.5**3 and progress(4, 2, 6, 1) == 0.5
     pruning = method('--no-ramp', '--start-epoch=1', '--epochs=4', '--ptarget=0.6')
-    pruning.prepare(network(), 12)
+    pruning.prepare(network(), 12, pruning.args)
     ratios = [pruning.ratio]
     for step in range(5):
         pruning.after_step(step, None)
         ratios.append(pruning.ratio)
     assert ratios == [0, 0, 0, 0.6, 0.6, 0.6]  # three steps are the first epoch
     pruning = method('--no-ramp', '--start-epoch=0')
-    pruning.prepare(network(), 9)
+    pruning.prepare(network(), 9, pruning.args)
     assert pruning.ratio == 0.95
     defaults = method('--epochs=160')
     assert (defaults.start, defaults.end) == (5, 80)  # the paper's
@@ -202,24 +196,25 @@ def test_a_ramp_that_does_not_end_in_the_run_is_refused(words):
 
 def test_no_layer_is_large_enough():
     with pytest.raises(ValueError, match='at least 1000000 weights'):
-        method('--pthres=1000000').prepare(network(), 9)
+        pruning = method('--pthres=1000000')
+        pruning.prepare(network(), 9, pruning.args)
 
 
 def test_prepared_again_and_finalized_it_is_the_plain_model():
     model, pruning = network(), method('--no-ramp', '--start-epoch=0')
     names, types = list(model.state_dict()), [type(module) for module in model.modules()]
-    pruning.prepare(model, 9)
+    pruning.prepare(model, 9, pruning.args)
     x = torch.randn(2, 1, 8, 8)
     expected = model.eval()(x)
     zeros = count_zeros(model)
-    pruning.prepare(model, 9)  # bakes the first stage
+    pruning.prepare(model, 9, pruning.args)  # bakes the first stage
     assert len(model.fc.parametrizations.weight) == 1
     assert pruning.finalize(pruning.finalize(model)) is model
     assert list(model.state_dict()) == names and [type(module) for module in model.modules()] == types
     assert count_zeros(model).keys() == zeros.keys()
 
     model, pruning = network().eval(), method('--no-ramp', '--start-epoch=0')
-    pruning.prepare(model, 9)
+    pruning.prepare(model, 9, pruning.args)
     assert torch.equal(pruning.finalize(model)(x), expected) and count_zeros(model) == zeros
 
 
@@ -228,7 +223,7 @@ def test_a_tied_weight_counts_once_and_stays_tied():
     model[2].weight = model[0].weight
     for words in ([], ['--sigma']):
         net, pruning = copy.deepcopy(model), method('--no-ramp', '--start-epoch=0', '--ptarget=0.6', *words)
-        pruning.prepare(net, 9)
+        pruning.prepare(net, 9, pruning.args)
         net(torch.randn(4, 6)).sum().backward()
         net = pruning.finalize(net)
         assert net[0].weight is net[2].weight
@@ -241,7 +236,7 @@ def test_a_tied_weight_counts_once_and_stays_tied():
 def test_batch_norm_keeps_its_momentum():
     """Fault T5: theirs writes 0.99, so that running statistics are those of the last batch."""
     model, pruning = network(), method()
-    pruning.prepare(model, 9)
+    pruning.prepare(model, 9, pruning.args)
     assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
 
 
@@ -249,7 +244,7 @@ def test_pruning_adds_no_parameter():
     """Fault T6: theirs doubles a layer's parameters with mask, threshold and scale."""
     model, pruning = network(), method()
     before = [id(parameter) for parameter in model.parameters()]
-    pruning.prepare(model, 9)
+    pruning.prepare(model, 9, pruning.args)
     assert sorted(id(parameter) for parameter in model.parameters()) == sorted(before)  # the same ones, as trained before
     assert sum('threshold' in name for name, _ in model.named_buffers()) == len(prunable_layers(model))
 
@@ -271,7 +266,7 @@ def test_a_layer_stays_what_it_is(layer, sigma):
     plain = copy.deepcopy(pruned)
     x = torch.randn({nn.Conv1d: (2, 4, 9), nn.Linear: (2, 4)}.get(type(plain[0]), (2, 4, 9, 9)))
     pruning = method('--no-ramp', '--start-epoch=0', '--ptarget=0.7', *sigma)
-    pruning.prepare(pruned, 9)
+    pruning.prepare(pruned, 9, pruning.args)
     weight = plain[0].weight.data
     threshold = CRITERIA['l1std' if sigma else 'l1']({'0': weight}, 0.7)['0']
     if isinstance(plain[0], nn.ConvTranspose2d):  # group by group, filters first and back
@@ -290,14 +285,15 @@ def test_a_layer_stays_what_it_is(layer, sigma):
 def test_macs_are_those_of_the_real_output():
     """Fault T8: theirs divides the input by the stride: 55,296 for the 48,600 of an unpadded convolution."""
     model, pruning = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2)), method()
-    pruning.prepare(model, 9)
+    pruning.prepare(model, 9, pruning.args)
     assert count_macs(model, torch.zeros(1, 3, 32, 32))['0'][0] == 216 * 15 * 15 == 48_600
 
 
 def test_dropout_is_off_in_evaluation():
     """Fault T9."""
     model = archs.build('wrn10_1', 10, dropout=0.5)
-    method('--model=wrn10_1').prepare(model, 9)
+    pruning = method('--model=wrn10_1')
+    pruning.prepare(model, 9, pruning.args)
     x = torch.randn(4, 3, 8, 8)
     assert torch.equal(model.eval()(x), model(x)) and not torch.equal(model.train()(x), model(x))
 
@@ -321,7 +317,7 @@ def test_forward_reads_no_value():
 @pytest.mark.parametrize('sigma', [[], ['--sigma']])
 def test_a_step_does_not_wait_for_the_gpu(sigma):
     model, pruning = network().cuda(), method('--no-ramp', '--start-epoch=0', *sigma)
-    pruning.prepare(model, 9)
+    pruning.prepare(model, 9, pruning.args)
     x = torch.randn(2, 1, 8, 8, device='cuda')
     model(x).sum().backward()
     torch.cuda.set_sync_debug_mode('error')
@@ -331,13 +327,13 @@ def test_a_step_does_not_wait_for_the_gpu(sigma):
     finally:
         torch.cuda.set_sync_debug_mode('default')
     zeros, weights = totals(count_zeros(model))
-    assert zeros == contract.EXACT['st3'](weights, 0.95)
+    assert zeros == EXACT['st3'](weights, 0.95)
 
 
 def test_a_step_after_pruning_moves_every_weight():
     """Straight through: pruned weights are trained too, and may come back."""
     model, pruning = network(), method('--no-ramp', '--start-epoch=0', '--ptarget=0.9')
-    pruning.prepare(model, 9)
+    pruning.prepare(model, 9, pruning.args)
     F.cross_entropy(model(torch.randn(8, 1, 8, 8)), torch.randint(10, (8,))).backward()
     gradient = model.fc.parametrizations.weight.original.grad
     assert (gradient != 0).all() and (model.fc.weight == 0).any()

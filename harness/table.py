@@ -1,7 +1,7 @@
 """Tables out of recorded runs; nobody types a number.
 
-    python results/table.py            rewrite results/<table>.md of every table in configs/ with runs in results/runs.jsonl
-    python results/table.py --check    fail if one of them is not what the runs say
+    python -m harness.table            rewrite results/<table>.md of every table in configs/ with runs in results/runs.jsonl
+    python -m harness.table --check    fail if one of them is not what the runs say
 
 A row shows the mean and the sample standard deviation over its seeds. Accuracy is that of the last epoch on the test set,
 zeros and MACs are counted on the saved network, and where whole filters went also on the network without them; milliseconds,
@@ -17,16 +17,17 @@ import statistics
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import args as arguments  # noqa: E402
-import record  # noqa: E402
+import args as arguments
+from deploy import files
+from deploy.files import read_json
+from methods._flags import PLACE
 
 SHRUNK = ['parameters shrunk', 'MMACs shrunk']
 TIMES = ['ms shrunk (dense), 1 image', '32 images']
-CONFIGS, RUNS = HERE.parent / 'configs', HERE / 'runs.jsonl'
-READMES = [HERE.parent / 'README.md', HERE / 'README.md']
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, CONFIGS = ROOT / 'results', ROOT / 'configs'
+RUNS = RESULTS / 'runs.jsonl'
+READMES = [ROOT / 'README.md', RESULTS / 'README.md']
 
 
 def name_of(path):
@@ -37,7 +38,7 @@ def name_of(path):
 
 def of_folders(runs):
     """[(row, seed, run folder)] -> {(row, seed): result}, for the runs that have one, failed ones too."""
-    results = {(row, seed): record.read_json(folder / 'result.json') for row, seed, folder in runs}
+    results = {(row, seed): read_json(folder / 'result.json') for row, seed, folder in runs}
     return {key: result for key, result in results.items() if result is not None}
 
 
@@ -55,11 +56,11 @@ def keep(table, results):
     tables = recorded()
     for (row, seed), result in results.items():
         if result['status'] == 'finished':
-            args = {name: value for name, value in result['args'].items() if name not in arguments.PLACE}
+            args = {name: value for name, value in result['args'].items() if name not in PLACE}
             entry = {'table': table, 'row': row, 'seed': seed} | result | {'args': args}
             tables.setdefault(table, {})[row, seed] = {key: value for key, value in entry.items() if key != 'layers'}
     lines = [json.dumps(entry) + '\n' for results in tables.values() for entry in results.values()]
-    record.write_atomically(RUNS, lambda file: file.write(''.join(lines).encode()))
+    files.write_atomically(RUNS, lambda file: file.write(''.join(lines).encode()))
     write(table, tables.get(table, {}))
     write_readmes()
 
@@ -71,7 +72,7 @@ def page(table, results):
 
 
 def write(table, results):
-    path = HERE / f'{table}.md'
+    path = RESULTS / f'{table}.md'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(table, results))
 
@@ -82,7 +83,7 @@ def render(path, results):
     head = ['row', 'paper', 'accuracy %', 'seeds', 'zeros', 'of weights', 'sparsity %', 'MMACs non-zero', 'of dense', 'minutes']
     shrinks = any('small_macs' in result for result in results.values())
     head += [*SHRUNK, *(TIMES if table['times'] else [])] if shrinks else []
-    files = {run: HERE / 'weights' / name_of(path) / '{}-s{}.pt'.format(*run) for run in results}
+    files = {run: RESULTS / 'weights' / name_of(path) / '{}-s{}.pt'.format(*run) for run in results}
     files = {run: file.stat().st_size / 1000 for run, file in files.items() if file.exists()}
     head += ['kB published'] if files else []
     lines, origins = [], []
@@ -153,7 +154,7 @@ def readme(path):
     """The text of a README with what it repeats from results/ as it stands there now, without the titles."""
 
     def included(match):
-        _, _, text = (HERE / match[1]).read_text().partition('\n\n')
+        _, _, text = (RESULTS / match[1]).read_text().partition('\n\n')
         return f'<!-- results/{match[1]} -->\n{text[text.index("|") if "|" in text else 0 :].strip()}\n<!-- end -->'
 
     return re.sub(r'<!-- results/(\S+) -->\n.*?<!-- end -->', included, path.read_text(), flags=re.DOTALL)
@@ -169,11 +170,11 @@ def main():
     parser.add_argument('--check', action='store_true', help='write nothing; fail where a page is stale')
     check = parser.parse_args().check
     tables = {name: results for name, results in recorded().items() if (CONFIGS / f'{name}.yaml').exists()}
-    pages = {HERE / f'{name}.md': page(name, results) for name, results in tables.items()}
+    pages = {RESULTS / f'{name}.md': page(name, results) for name, results in tables.items()}
     if check:
         stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text() != text]
         stale += [str(path) for path in READMES if path.read_text() != readme(path)]
-        sys.exit(f'not what the recorded runs say: {", ".join(stale)}; python results/table.py rewrites them' if stale else 0)
+        sys.exit(f'not what the recorded runs say: {", ".join(stale)}; python -m harness.table rewrites them' if stale else 0)
     for name, results in tables.items():
         write(name, results)
     write_readmes()

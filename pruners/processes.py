@@ -8,9 +8,11 @@ function here does nothing.
 """
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 def start(device):
@@ -66,3 +68,10 @@ def wait():
     """Go on when all processes are here: what rank 0 has written can be read then."""
     if world() > 1:
         dist.barrier()
+
+
+def say(text):
+    """Print without disturbing a progress bar, and at once; rank 0 alone does."""
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()

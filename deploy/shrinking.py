@@ -23,29 +23,18 @@ filter of zeros as its shift alone, whatever its running mean.
 
 import copy
 import math
-import statistics
-import sys
-import time
 from collections import defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
-import archs
-import data
-import export
-import record
-from args import Parser, positive
-from sparse_utils import count_macs
+from .network_file import FUNCTION_NAMES, trace
+from .outputs import TOLERANCE, compare, eval_mode
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-SECONDS, THREADS = 0.5, 2  # to measure the latency of one batch size, on a CPU
-
 # Element by element: what they make of a constant is computed by calling them on it.
 POINTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid),
@@ -111,16 +100,16 @@ def shrink(model, example_input, round_to=1, return_kept=False):
     noise = torch.randn(example_input.shape, generator=generator).to(example_input)  # an example of zeros would show nothing
     if not (example_input.is_floating_point() and _finite(small, noise)):  # numbers of words, or images that must be positive
         noise = example_input
-    difference = export.compare(model, small, noise)
-    if not difference <= export.TOLERANCE:  # it may be NaN; rounding is no reason to refuse
-        difference = export.compare(copy.deepcopy(model).double(), copy.deepcopy(small).double(), noise.double())
-    if not difference <= export.TOLERANCE:
+    difference = compare(model, small, noise)
+    if not difference <= TOLERANCE:  # it may be NaN; rounding is no reason to refuse
+        difference = compare(copy.deepcopy(model).double(), copy.deepcopy(small).double(), noise.double())
+    if not difference <= TOLERANCE:
         raise ValueError(f'the smaller network would differ by {difference:.1e} of the largest output, so it is not made')
     return (small, kept) if return_kept else small
 
 
 def _finite(model, x):
-    with torch.no_grad(), export.eval_mode(model):
+    with torch.no_grad(), eval_mode(model):
         found = model(x)
     return all(bool(one.isfinite().all()) for one in (found if isinstance(found, (tuple, list)) else [found]))
 
@@ -151,40 +140,17 @@ def dependency_groups(model, example_input, depthwise=False):
     return [group for group in groups.values() if len(group) > 1]
 
 
-def agree(values, groups):
-    """Let the layers of each group decide alike: {layer name: tensor [out]} -> the same, with one tensor for all of a group.
-
-    Importance scores are averaged over the group (NNI's dependency-aware pruners sum them, which ranks a layer's filters alike): a
-    layer of larger weights has more say. Bool masks (True: kept) are
-    united: what one layer keeps cannot be removed from the stream. Layers that are in no group, and names of a group that are
-    not in `values`, are left alone. Raises ValueError for a group whose tensors differ in shape.
-    """
-    agreed = dict(values)
-    for group in groups:
-        members = [name for name in group if name in values]
-        if len({values[name].shape for name in members}) > 1:
-            raise ValueError(f'the layers {", ".join(members)} must have the same number of filters')
-        if members:
-            stacked = torch.stack([values[name] for name in members])
-            together = stacked.any(0) if stacked.dtype == torch.bool else stacked.mean(0)
-            agreed |= {name: together.clone() for name in members}
-    return agreed
-
-
-# ------------------------------------------------------------------------------------------------------ the channel graph
-
-
 class Channels:
     """Which channels of a network belong together, which are constant, and who reads them. The network is that to be cut."""
 
     def __init__(self, network, example_input):
-        graph = export.trace(network)
+        graph = trace(network)
         self.network, self.modules = network, dict(network.named_modules())
         self.parent, self.pinned = [], set()  # union-find over channel numbers; those that must stay
         self.readers, self.followers = {}, {}  # {name: Reader}; {name of a norm or depthwise conv: channel numbers}
         self.classes, self.constants = {}, {}  # of each traced tensor: [channels] int64, and float64 with NaN for unknown
         self.shared = self._shared(graph)
-        with export.eval_mode(network), torch.no_grad():
+        with eval_mode(network), torch.no_grad():
             self.shapes = _Shapes(fx.GraphModule(network, graph), example_input).shapes
             for node in graph.nodes:
                 self._visit(node)
@@ -412,13 +378,10 @@ class _Shapes(fx.Interpreter):
         return value
 
 
-# ------------------------------------------------------------------------------------------------------- helpers of the walk
-
-
 def _operation_name(node):
     """relu for F.relu, torch.relu, x.relu() alike; '' for what is no function or method."""
     if node.op == 'call_function':
-        return export.FUNCTION_NAMES.get(node.target, '').rpartition('.')[2]
+        return FUNCTION_NAMES.get(node.target, '').rpartition('.')[2]
     return node.target if node.op == 'call_method' else ''
 
 
@@ -511,9 +474,6 @@ def _emitted(reader):
     if reader.layer.bias is not None:
         values = values + reader.layer.bias.detach().double().cpu().view(groups, -1)
     return torch.where(unknown, math.nan, values).view(-1)
-
-
-# ---------------------------------------------------------------------------------------------------- helpers of the cut
 
 
 def _read(reader, keep):
@@ -636,9 +596,6 @@ def take(tensor, kept):
     return torch.cat([part.index_select(1, own) for part, own in parts])
 
 
-# --------------------------------------------------------------------------------------------------- training on, measuring
-
-
 def rebuild_optimizer(optimizer, old_model, new_model, kept):
     """An optimizer for the smaller network that goes on where `optimizer` stands.
 
@@ -679,126 +636,3 @@ def _home(groups, new, name):
     weight = new[name.rpartition('.')[0] + '.weight']
     own = [group for group in groups if any(parameter is weight for parameter in group['params'])]
     return (biases or own)[0]
-
-
-@torch.no_grad()
-def measure_latency(model, example_input, batches=(1, 32), threads=None, dense=None, seconds=None):
-    """Median milliseconds of a forward pass in eval mode: {'ms_1': ..., 'ms_32': ...}, one for each batch size.
-
-    example_input: a batch whose first example is repeated. threads: of the CPU (default: THREADS), set back afterwards. dense: another network,
-    measured in turn with the first so that a disturbance hits both alike; adds 'dense_ms_1', ... seconds: how long to measure
-    each batch size (default: SECONDS), but at least 5 and at most 100 passes after 3 that warm up.
-    """
-    networks = {'ms': model} | ({} if dense is None else {'dense_ms': dense})
-    before, results = torch.get_num_threads(), {}
-    torch.set_num_threads(threads or THREADS)
-    try:
-        for batch in batches:
-            images = example_input[:1].expand(batch, *example_input.shape[1:]).contiguous()
-            for name, values in _times(networks, images, SECONDS if seconds is None else seconds).items():
-                results[f'{name}_{batch}'] = round(1000 * statistics.median(values), 3)
-    finally:
-        torch.set_num_threads(before)
-    return results
-
-
-def _times(networks, images, seconds):
-    """{name: [seconds of a pass]}, one pass of each network in turn."""
-    times, start = {name: [] for name in networks}, None
-    for repeat in range(103):
-        start = time.perf_counter() if repeat == 3 else start
-        for name, network in networks.items():
-            with export.eval_mode(network):
-                began = time.perf_counter()
-                network(images)
-                if images.is_cuda:
-                    torch.cuda.synchronize(images.device)
-                if repeat >= 3:
-                    times[name].append(time.perf_counter() - began)
-        if repeat >= 7 and time.perf_counter() - start > seconds:
-            break
-    return times
-
-
-def gains(model, small, example_input, threads=None, **options):
-    """What shrinking gave, for a result line: parameters, MACs and milliseconds of `small`, and those of `model` as dense_*."""
-    result = {}
-    for prefix, network in (('small_', small), ('dense_', model)):
-        result[f'{prefix}parameters'] = sum(parameter.numel() for parameter in network.parameters())
-        result[f'{prefix}macs'] = sum(dense for dense, _ in count_macs(network, example_input[:1]).values())
-    times = measure_latency(small, example_input, threads=threads, dense=model, **options)
-    return result | {name if name.startswith('dense') else f'small_{name}': value for name, value in times.items()}
-
-
-# ------------------------------------------------------------------------------------------------------ finished runs
-
-
-def shrink_run(folder, round_to=1, pt2=False, onnx=False, torchscript=False, threads=2):
-    """Shrink the network of a finished run (python main.py --shrink RUN): small.pt and small.json in its folder.
-
-    Also writes small.pt2, small.onnx and small.ts when asked. Compares outputs before anything is written, prints what was
-    gained and returns gains(). Raises ValueError for a folder that holds no finished run, or no network that main.py builds.
-    """
-    folder = Path(folder)
-    model, example = rebuild_run(folder)
-    small = shrink(model, example, round_to)
-    result = gains(model, small, example, threads)
-    info = {'run': folder.name, 'round_to': round_to, **result}
-    paths = list(export.save(small, folder / 'small', example, **info))
-    for wanted, suffix, write in (
-        (pt2, 'pt2', export.write_pt2),
-        (onnx, 'onnx', export.write_onnx),
-        (torchscript, 'ts', export.write_torchscript),
-    ):
-        if wanted:
-            paths.append(folder / f'small.{suffix}')
-            write(small, example, paths[-1])
-    report(result, record.say)
-    if result['small_parameters'] == result['dense_parameters']:
-        record.say('nothing could be removed: no filter and no channel of this network is zero as a whole')
-    record.say(f'saved in {", ".join(map(str, paths))}')
-    return result
-
-
-def rebuild_run(folder):
-    """(model in eval mode on the CPU, one example of random pixels) of a run folder, as main.py builds it."""
-    args = record.read_json(Path(folder) / 'args.json')
-    if not isinstance(args, dict) or not (Path(folder) / 'model.pt').is_file():
-        raise ValueError(f'{folder} is not the folder of a finished run: it needs args.json and model.pt')
-    source = data.DATASETS[args['dataset']]
-    channels, size = source['in_channels'], source['image_size']
-    options = {name: args[name] for name in ('width', 'dropout', 'bn_momentum')}
-    model = archs.build(args['model'], source['num_classes'], in_channels=channels, image_size=size, **options)
-    try:
-        model.load_state_dict(record.load(Path(folder) / 'model.pt'))
-    except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f'{folder}/model.pt is no {args["model"]}, so it has another shape already: {reason}') from None
-    return model.eval(), torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def report(result, say=print):
-    """Print gains()."""
-    for key, unit in (('parameters', 'parameters'), ('macs', 'MACs for one image')):
-        small, dense = result[f'small_{key}'], result[f'dense_{key}']
-        say(f'{dense:>15,} -> {small:>15,} {unit}, {100 * (1 - small / dense):.2f} % fewer')
-    for key in [key for key in result if key.startswith('small_ms_')]:
-        small, dense = result[key], result[key.replace('small', 'dense')]
-        say(f'{dense:>12.2f} ms -> {small:>12.2f} ms for a batch of {key.rpartition("_")[2]}, {dense / small:.2f}x as fast')
-
-
-def main(argv):
-    """The command line of python main.py --shrink RUN, a list of words."""
-    parser = Parser(prog='main.py', description='Make a smaller network of what a finished run pruned.', allow_abbrev=False)
-    add, shown = parser.add_argument, ' (default: %(default)s)'
-    add('--shrink', metavar='RUN', required=True, help='folder of the run; small.pt and small.json are written there')
-    add('--round-to', type=positive, default=1, metavar='N', help='keep multiples of N filters, as hardware likes' + shown)
-    add('--pt2', action='store_true', help='also write small.pt2, for torch.export')
-    add('--onnx', action='store_true', help='also write small.onnx')
-    add('--torchscript', action='store_true', help='also write small.ts, deprecated by PyTorch')
-    add('--threads', type=positive, default=2, help='of the CPU, for the measurement' + shown)
-    a = parser.parse_args(argv)
-    try:
-        shrink_run(a.shrink, a.round_to, a.pt2, a.onnx, a.torchscript, a.threads)
-    except (ValueError, RuntimeError, record.RunError) as error:
-        sys.exit(f'main.py: error: {error}')

@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import args as arguments
-import published
-import record
-from results import table as tables
+from deploy.files import read_json
+from methods._flags import count, differences, positive
 
-HERE = Path(__file__).resolve().parent
+from . import published
+from . import table as tables
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main():
@@ -45,9 +47,9 @@ def main():
     parser.add_argument('--record', action='store_true')
     parser.add_argument('--publish', action='store_true')
     parser.add_argument('--row')
-    parser.add_argument('--seed', type=arguments.count)
+    parser.add_argument('--seed', type=count)
     parser.add_argument('--runs', type=Path, default=Path('runs'))
-    parser.add_argument('--parallel', type=arguments.positive, default=1)
+    parser.add_argument('--parallel', type=positive, default=1)
     if not names:
         parser.exit(0 if flags in (['-h'], ['--help']) else 2, __doc__)
     options, flags = parser.parse_known_args(flags)
@@ -80,13 +82,13 @@ def check_recordable(path, rows):
         raise ValueError(f'--record and --publish are for tables below configs/, not {path}')
     for run in rows:
         plain = [*run.words[:2], *run.words[-2:]]  # without the user's flags
-        if changed := arguments.differences(vars(arguments.parse(plain)), run.args):
+        if changed := differences(vars(arguments.parse(plain)), run.args):
             raise ValueError(f'--record is for the rows as the table has them, not with {", ".join(changed)}: change the table')
 
 
 def find(name):
     """The YAML files that a word of the command line means."""
-    for path in (Path(name), Path(f'{name}.yaml'), HERE / 'configs' / name, HERE / 'configs' / f'{name}.yaml'):
+    for path in (Path(name), Path(f'{name}.yaml'), ROOT / 'configs' / name, ROOT / 'configs' / f'{name}.yaml'):
         if path.is_file():
             return [path]
         if path.is_dir():
@@ -118,10 +120,10 @@ def expand(path, options, flags):
 
 def state_of(out, wanted):
     """What the run folder holds of a run with the arguments `wanted`."""
-    have, result = record.read_json(out / 'args.json'), record.read_json(out / 'result.json')
+    have, result = read_json(out / 'args.json'), read_json(out / 'result.json')
     if have is None:
         return 'not run'
-    if arguments.differences(have, wanted):
+    if differences(have, wanted):
         return 'other arguments'
     if result is None:
         return 'interrupted' if (out / 'checkpoint.pt').exists() else 'not run'
@@ -185,7 +187,7 @@ def run_row(title, state, out, words, parallel):
         return
     processes = os.environ.get('NPROC')
     several = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
-    command = [sys.executable, *several, HERE / 'main.py', *words]
+    command = [sys.executable, *several, ROOT / 'main.py', *words]
     if parallel == 1:
         subprocess.run(command, check=False)
         return

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distributed import rank, world
+from pruners.processes import rank, world
 
 # `pad`, `pad_mode`, `flip`, `mean` and `std` are defaults that the command line may override; mean and std
 # are per channel, of pixels in [0, 1]. Feather's authors use CIFAR-10's constants for CIFAR-100 too, and so

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from channels import ChannelGraph, channel_graph
-from export import eval_mode
+from .channels import ChannelGraph, channel_graph
+from .outputs import eval_mode
 
 MULTIPLES = (1, 8, 16)
 MAX_BRANCHES = 8

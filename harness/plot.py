@@ -1,6 +1,6 @@
 """Pictures of recorded tables, beside their pages: results/<table>.png and .svg, results/<table>-layers.png and .svg.
 
-    python results/plot.py [TABLE...]        default: every table with enough runs for a picture
+    python -m harness.plot [TABLE...]        default: every table with enough runs for a picture
 
 <table>         accuracy against sparsity and against MACs: mean and sample standard deviation over seeds, a line for each method,
                 hollow marks for the figures the papers give, a dashed line for the dense network; on the axis of sparsity the
@@ -14,7 +14,6 @@ colour-blind.
 import re
 import statistics
 import sys
-from pathlib import Path
 
 import matplotlib
 
@@ -22,13 +21,12 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
 import args as arguments  # noqa: E402
-import published  # noqa: E402
-from results import table as tables  # noqa: E402
+from deploy.files import read_published  # noqa: E402
 from sparse_utils import count_zeros  # noqa: E402
+
+from . import published  # noqa: E402
+from . import table as tables  # noqa: E402
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8C6D31', '#7F7F7F']
 MARKS = ['o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', 'p', 'h', '*']
@@ -127,7 +125,7 @@ def layer_shares(name):
     """{row: {layer: share of zeros}} from the published weights of a table, first seed of each row."""
     shares = {}
     for path in sorted((published.WEIGHTS / name).glob('*.pt')):
-        state, about = published.read(path)
+        state, about = read_published(path)
         if about['row'] not in shares and about['zeros']:
             model, args = published.rebuild(state, about)
             shares[about['row']] = {layer: zeros / n for layer, (zeros, n) in count_zeros(model, args.pthres).items()}
@@ -177,10 +175,10 @@ def main(names):
     plt.rcParams.update(STYLE)
     for name in names or recorded:
         table = arguments.load_table(tables.CONFIGS / f'{name}.yaml')
-        written = save(draw_curves(table, recorded[name]), HERE / f'{name}.svg')
-        written += save(draw_curves(table, recorded[name], filters=True), HERE / f'{name}-filters.svg')
-        written += save(draw_layers(table, name), HERE / f'{name}-layers.svg')
-        print(*[path.relative_to(HERE.parent) for path in written] or [f'{name}: nothing to draw'], sep='\n')
+        written = save(draw_curves(table, recorded[name]), tables.RESULTS / f'{name}.svg')
+        written += save(draw_curves(table, recorded[name], filters=True), tables.RESULTS / f'{name}-filters.svg')
+        written += save(draw_layers(table, name), tables.RESULTS / f'{name}-layers.svg')
+        print(*[path.relative_to(tables.ROOT) for path in written] or [f'{name}: nothing to draw'], sep='\n')
 
 
 if __name__ == '__main__':

@@ -12,16 +12,11 @@ and then gives a ValueError, but cannot run anything. A .pt2 or TorchScript file
 """
 
 import builtins
-import contextlib
 import copy
-import importlib.util
 import json
 import keyword
-import math
 import operator
 import re
-import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -29,9 +24,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-FORMAT = 'network without code, 1'
-TOLERANCE = 1e-5  # of the largest output
+from . import files
+from .outputs import TOLERANCE, compare, eval_mode
 
+FORMAT = 'network without code, 1'
 # The layers that a description may name, and the constructor arguments that are stored; all are attributes of the same name.
 _CONV = 'in_channels out_channels kernel_size stride padding dilation groups bias padding_mode'
 _TRANSPOSED = 'in_channels out_channels kernel_size stride padding output_padding groups bias dilation padding_mode'
@@ -66,7 +62,6 @@ _LAYERS = {
     'ChannelShuffle': 'groups',
 }
 LAYERS = {name: tuple(arguments.split()) for name, arguments in _LAYERS.items()}
-
 # The functions and methods that may be called between the layers.
 _OPERATORS = 'add iadd sub isub mul imul truediv itruediv floordiv neg getitem'
 _TORCH = (
@@ -88,9 +83,6 @@ FUNCTIONS['getattr'] = builtins.getattr  # of `shape` only
 FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 METHODS = set(_METHODS.split())
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)}
-
-
-# ------------------------------------------------------------------------------------------------------------- tracing
 
 
 class _Tracer(fx.Tracer):
@@ -117,7 +109,7 @@ def trace(model):
         with eval_mode(model):
             graph = read_in_place(_Tracer().trace(model), model)
     except Exception as error:  # whatever the model's own code raises when it meets a proxy
-        raise ValueError(f'torch.fx cannot trace {type(model).__name__}: {_reason(error)}') from error
+        raise ValueError(f'torch.fx cannot trace {type(model).__name__}: {reason(error)}') from error
     if sum(node.op == 'placeholder' for node in graph.nodes) != 1:
         raise ValueError(f'{type(model).__name__} must take one tensor')
     return graph
@@ -137,24 +129,8 @@ def read_in_place(graph, model):
     return graph
 
 
-@contextlib.contextmanager
-def eval_mode(model):
-    """The model in eval mode; afterwards each module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:  # eval() is not there in a network read from a .pt2 file
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _reason(error):
+def reason(error):
     return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
-
-
-# ---------------------------------------------------------------------------------------------------- state dict and JSON
 
 
 def save(model, path, example_input, **info):
@@ -176,11 +152,9 @@ def save(model, path, example_input, **info):
     again = rebuild(json.loads(text), tensors)
     if not (difference := compare(network, again, example_input.detach().cpu())) <= TOLERANCE:  # it may be NaN
         raise ValueError(f'the network rebuilt from its description differs by {difference:.1e} of the largest output')
-    from record import write_atomically  # here, so that this file is usable alone for reading
-
-    weights, json_file = _paths(path)
-    write_atomically(weights, lambda file: torch.save(tensors, file))
-    write_atomically(json_file, lambda file: file.write(text.encode()))
+    weights, json_file = description_paths(path)
+    files.write_atomically(weights, lambda file: torch.save(tensors, file))
+    files.write_atomically(json_file, lambda file: file.write(text.encode()))
     return weights, json_file
 
 
@@ -190,7 +164,7 @@ def load(path):
     Nothing stored is run: layers and operations are looked up in fixed tables, tensors are read with weights_only. Raises
     ValueError for files that are missing, damaged, do not fit each other, or name what is not in the tables.
     """
-    weights, json_file = _paths(path)
+    weights, json_file = description_paths(path)
     try:
         description = json.loads(json_file.read_text())
     except OSError as error:
@@ -209,7 +183,7 @@ def load(path):
         raise ValueError(f'{json_file}: {error}') from None
 
 
-def _paths(path):
+def description_paths(path):
     """small, small.pt or small.json -> (small.pt, small.json)."""
     path = Path(path)
     base = path.with_suffix('') if path.suffix in ('.pt', '.json') else path
@@ -284,9 +258,6 @@ def _encode(value, node):
     raise ValueError(f'the argument {value!r} of {node.name} has no place in a description')
 
 
-# ------------------------------------------------------------------------------------------------- what comes from a file
-
-
 def rebuild(description, tensors):
     """The network that describe() described, in eval mode. Raises ValueError for anything that is not as describe() writes it."""
     if not isinstance(description, dict) or description.get('format') != FORMAT:
@@ -307,7 +278,7 @@ def rebuild(description, tensors):
     except ValueError:
         raise
     except Exception as error:  # missing keys, wrong types, arguments that a layer refuses
-        raise ValueError(f'the description is damaged ({_reason(error)})') from None
+        raise ValueError(f'the description is damaged ({reason(error)})') from None
     return network.eval()
 
 
@@ -427,119 +398,3 @@ def _fill(root, tensors):
         if tensors[name].is_floating_point() != expected[name].is_floating_point():
             raise ValueError(f'the tensor {name!r} of the weights is of type {tensors[name].dtype}')
     root.load_state_dict(tensors, assign=True)
-
-
-@torch.no_grad()
-def compare(one, other, example_input):
-    """The largest difference of two networks' outputs in eval mode, as a share of the largest output of the first."""
-    outputs = []
-    for model in (one, other):
-        with eval_mode(model):
-            outputs.append(model(example_input.clone()))
-    if not all(isinstance(output, torch.Tensor) for output in outputs):
-        raise ValueError(f'{type(one).__name__} must return one tensor')
-    if outputs[0].shape != outputs[1].shape:
-        return math.inf
-    difference = (outputs[0] - outputs[1]).abs().max().item()
-    return 0.0 if difference == 0 else difference / max(outputs[0].abs().max().item(), 1e-30)
-
-
-# ------------------------------------------------------------------------------------------------- files for other programs
-
-
-def write_pt2(model, example_input, path):
-    """Write the .pt2 file of torch.export, for any batch size; example_input: a batch. Read it with read(path, trust=True)."""
-    from record import write_atomically
-
-    program = torch.export.export(*_exportable(model, example_input), dynamic_shapes=({0: torch.export.Dim('batch')},))
-    write_atomically(Path(path), lambda file: torch.export.save(program, file))
-
-
-def write_onnx(model, example_input, path):
-    """Write an ONNX file with inputs `input` and outputs `output`, for any batch size. Raises ValueError, naming the packages
-    to install, where those that PyTorch needs for it are missing."""
-    from record import write_atomically
-
-    missing = [name for name in ('onnx', 'onnxscript') if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f'ONNX files need {" and ".join(missing)}: pip install {" ".join(missing)}')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of the exporter's own making
-        program = torch.onnx.export(
-            *_exportable(model, example_input),
-            dynamo=True,
-            verbose=False,
-            input_names=['input'],
-            output_names=['output'],
-            dynamic_shapes=({0: torch.export.Dim('batch')},),
-        )
-    write_atomically(Path(path), lambda file: file.write(program.model_proto.SerializeToString()))
-
-
-def write_torchscript(model, example_input, path):
-    """Write a TorchScript file by tracing. PyTorch deprecates the format: prefer .pt2 where the choice is free."""
-    from record import write_atomically
-
-    model, (example,) = _exportable(model, example_input)
-    with _quiet_jit():
-        traced = torch.jit.trace(model, example)
-        write_atomically(Path(path), lambda file: torch.jit.save(traced, file))
-
-
-@contextlib.contextmanager
-def _quiet_jit():
-    """Without the deprecation warnings of torch.jit: whoever asks for TorchScript has been told by write_torchscript()."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)
-        warnings.filterwarnings('ignore', '.*deprecated', FutureWarning)
-        yield
-
-
-def _exportable(model, example_input):
-    """(a copy in eval mode, (a batch of at least two,)): torch.export takes a batch of one for a constant."""
-    example = example_input.detach()
-    return copy.deepcopy(model).eval(), (torch.cat([example, example]) if len(example) == 1 else example,)
-
-
-def read(path, trust=False):
-    """A network, in eval mode, from a file of save(), write_pt2() or write_torchscript(), whichever it is.
-
-    The last two kinds hold a program, which runs as code on this machine when it is loaded or used: they are refused unless
-    `trust` says that the file comes from a source you trust. Raises ValueError for those, and for files that are neither.
-    """
-    path = Path(path)
-    kind = file_kind(path)
-    if kind == 'description':
-        return load(path)
-    if kind in ('.pt2', 'TorchScript') and not trust:
-        raise ValueError(
-            f'{path} is a {kind} file, which can carry code that runs when it is read: use trust only if you know where it comes from'
-        )
-    try:
-        if kind == '.pt2':
-            return torch.export.load(path).module()
-        if kind == 'TorchScript':
-            with _quiet_jit():
-                return torch.jit.load(path, map_location='cpu').eval()
-    except Exception as error:
-        raise ValueError(f'{path} cannot be read as a {kind} file: {_reason(error)}') from None
-    raise ValueError(f'{path} holds {kind}, not a network that can be rebuilt from it')
-
-
-def file_kind(path):
-    """'description' (of save()), '.pt2', 'TorchScript', or words for what else it is. Only looks at the file, runs nothing."""
-    if path.suffix == '.json' or _paths(path)[1].is_file() and path.suffix in ('', '.pt'):
-        return 'description'
-    if not path.is_file():
-        raise ValueError(f'there is no file {path}')
-    if path.suffix == '.onnx':
-        return 'an ONNX network (open it with onnxruntime)'
-    if not zipfile.is_zipfile(path):
-        return 'something unknown'
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    if path.suffix == '.pt2' or any(name.endswith('archive_format') for name in names):
-        return '.pt2'
-    if any(name.endswith('/constants.pkl') or '/code/' in name for name in names):
-        return 'TorchScript'
-    return f'weights only, without the description {_paths(path)[1].name} beside it'

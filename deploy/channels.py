@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from export import eval_mode, read_in_place
+from .network_file import read_in_place
+from .outputs import eval_mode
 
 # Channel by channel, and zero where the input is zero.
 KEEP_ZERO = (

@@ -15,9 +15,7 @@ a zero has lost its sign.
 """
 
 import json
-import math
 import sys
-import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -25,104 +23,26 @@ import torch
 
 import archs
 import args as arguments
-import data
-import export
-import record
-from results import table as tables
+from deploy import formats
+from deploy.files import FileError, pack_sparse, read_json, read_published, read_tensors, write_tensors
+from methods._flags import PLACE
+from pruners.processes import say
 from sparse_utils import count_zeros
 
-WEIGHTS = Path(__file__).resolve().parent / 'results' / 'weights'
-LARGEST = 2**28  # parameters: what a file may unfold to, so that a small file cannot fill the memory
+from . import data
+from . import table as tables
+from .result import accuracy, totals
+from .run_folder import RunError, finished
 
-
-# ------------------------------------------------------------------------------------------------------------ the format
-
-
-def encode(positions):
-    """Sorted positions (int64, 1-d) -> uint8: each gap g as g // 255 bytes of 255, and one byte g % 255."""
-    gaps = torch.diff(positions, prepend=torch.tensor([-1])) - 1
-    ends = torch.cumsum(gaps // 255 + 1, 0) - 1
-    code = torch.full((int(ends[-1]) + 1 if len(ends) else 0,), 255, dtype=torch.uint8)
-    code[ends] = (gaps % 255).to(torch.uint8)
-    return code
-
-
-def decode(code):
-    """The inverse of encode()."""
-    steps = code.long()
-    steps[code != 255] += 1
-    return torch.cumsum(steps, 0)[code != 255] - 1
-
-
-def fold(state, about):
-    """State dict and JSON-able dict -> what the file holds."""
-    layout, parts = [], {'sparse': [], 'dense': [], 'counts': []}
-    for name, tensor in state.items():
-        if tensor.dtype not in (torch.float32, torch.int64):
-            raise ValueError(f'{name} is {tensor.dtype}; only float32 weights and int64 counters can be published')
-        sparse = tensor.is_floating_point() and tensor.numel() > 4 and torch.count_nonzero(tensor) < 0.8 * tensor.numel()
-        kind = 'sparse' if sparse else 'dense' if tensor.is_floating_point() else 'counts'
-        layout.append([name, list(tensor.shape), kind])
-        parts[kind].append(tensor.detach().cpu().reshape(-1))
-    flat = {kind: torch.cat(tensors) if tensors else torch.empty(0) for kind, tensors in parts.items()}
-    positions = flat['sparse'].nonzero().reshape(-1)
-    packed = zlib.compress(encode(positions).numpy().tobytes(), 9)
-    return {
-        'about': json.dumps(about | {'tensors': layout}),
-        'dense': flat['dense'],
-        'values': flat['sparse'][positions],
-        'gaps': torch.frombuffer(bytearray(packed), dtype=torch.uint8),
-        'counts': flat['counts'].long(),
-    }
-
-
-def unfold(content):
-    """What the file holds -> (state dict, about). Raises ValueError when the parts do not fit together."""
-    about = json.loads(content['about'])
-    sizes = {'sparse': 0, 'dense': 0, 'counts': 0}
-    for _, shape, kind in about['tensors']:
-        if not all(type(side) is int and side >= 0 for side in shape):
-            raise ValueError(f'a shape is {shape}')
-        sizes[kind] += math.prod(shape)
-    if sum(sizes.values()) > LARGEST:
-        raise ValueError(f'its tensors would have {sum(sizes.values()):,} entries')
-    survivors = len(content['values'])
-    limit = survivors + sizes['sparse'] // 255 + 1
-    code = zlib.decompressobj().decompress(content['gaps'].numpy().tobytes(), limit)
-    positions = decode(torch.frombuffer(bytearray(code), dtype=torch.uint8)) if code else torch.empty(0, dtype=torch.int64)
-    if len(positions) != survivors or (survivors and positions[-1] >= sizes['sparse']):
-        raise ValueError('positions and values differ in number')
-    flat = {'sparse': torch.zeros(sizes['sparse']), 'dense': content['dense'], 'counts': content['counts']}
-    flat['sparse'][positions] = content['values']
-    if any(len(flat[kind]) != size for kind, size in sizes.items()):
-        raise ValueError('shapes and values differ in number')
-    state, start = {}, dict.fromkeys(sizes, 0)
-    for name, shape, kind in about.pop('tensors'):
-        part = flat[kind][start[kind] : start[kind] + math.prod(shape)]
-        state[name], start[kind] = part.reshape(shape).clone(), start[kind] + math.prod(shape)
-    return state, about
-
-
-def read(path):
-    """A published file -> (state dict, about). Raises RunError for anything else."""
-    try:
-        return unfold(record.load(path))
-    except record.RunError:
-        raise
-    except Exception as error:  # wrong content shows as one of many exceptions
-        reason = ' '.join(str(error).split())[:100]
-        raise record.RunError(f'{path} is no published weight file ({reason}); --publish RUN makes one') from None
-
-
-# ------------------------------------------------------------------------------------------------------------ publishing
+WEIGHTS = Path(__file__).resolve().parents[1] / 'results' / 'weights'
 
 
 def publish(run, path=None):
     """Write the published file of a finished run folder and return its path. Raises RunError for a run that has none."""
     folder = Path(run)
-    result = record.finished(folder)
+    result = finished(folder)
     if result is None:
-        raise record.RunError(f'--publish {run}: no finished run there')
+        raise RunError(f'--publish {run}: no finished run there')
     args = result['args']
     row = {}
     if path is None and args.get('config') and args.get('row'):
@@ -131,15 +51,12 @@ def publish(run, path=None):
         path = WEIGHTS / table / f'{args["row"]}-s{args["seed"]}.pt'
     path = Path(path or folder / 'published.pt')
     about = row | {key: value for key, value in result.items() if key != 'layers'}
-    about['args'] = {name: value for name, value in args.items() if name not in arguments.PLACE}
-    content = fold(record.load(folder / 'model.pt'), about)
+    about['args'] = {name: value for name, value in args.items() if name not in PLACE}
+    content = pack_sparse(read_tensors(folder / 'model.pt'), about)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record.save(content, path)
-    record.say(f'{path}: {path.stat().st_size:,} bytes, {result["zeros"]:,} of {result["weights"]:,} weights are zero')
+    write_tensors(content, path)
+    say(f'{path}: {path.stat().st_size:,} bytes, {result["zeros"]:,} of {result["weights"]:,} weights are zero')
     return path
-
-
-# ------------------------------------------------------------------------------------------------------------ evaluating
 
 
 def rebuild(state, about):
@@ -155,7 +72,7 @@ def rebuild(state, about):
             model.to(memory_format=torch.channels_last)
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = ' '.join(str(error).split())[:150]
-        raise record.RunError(f'the network cannot be rebuilt: {type(error).__name__}: {reason}') from None
+        raise RunError(f'the network cannot be rebuilt: {type(error).__name__}: {reason}') from None
     return model.eval(), args
 
 
@@ -164,12 +81,12 @@ def check(path, loader=None, device=None):
 
     loader: images to count the accuracy on, or None; one may be made with test_images().
     """
-    state, about = read(path)
+    state, about = read_published(path)
     model, args = rebuild(state, about)
-    zeros, weights = record.totals(count_zeros(model, args.pthres))
+    zeros, weights = totals(count_zeros(model, args.pthres))
     counted = {'zeros': zeros, 'weights': weights}
     if loader is not None:
-        counted['accuracy'] = record.accuracy(model.to(device), loader)
+        counted['accuracy'] = accuracy(model.to(device), loader)
     return about, {claim: (about.get(claim), value) for claim, value in counted.items()}
 
 
@@ -188,35 +105,35 @@ def evaluate(args, device):
     """
     path = Path(args.evaluate)
     if not path.is_file():
-        raise record.RunError(f'--evaluate {path}: no such file')
-    if not export.file_kind(path).startswith('weights only'):
+        raise RunError(f'--evaluate {path}: no such file')
+    if not formats.file_kind(path).startswith('weights only'):
         return evaluate_network(path, args, device)
-    _, about = read(path)
+    _, about = read_published(path)
     dataset = about['args']['dataset']
     if args.dataset not in (None, dataset):
-        raise record.RunError(f'{path} was trained on {dataset}, not on {args.dataset}')
+        raise RunError(f'{path} was trained on {dataset}, not on {args.dataset}')
     about, claims = check(path, test_images(args, about, device), device)
     made = f'{about["args"]["method"]} on {about["args"]["model"]}, {dataset}, seed {about["args"]["seed"]}'
-    record.say(f'{made}; trained on {about["device"]}, torch {about["torch"]}, commit {about["commit"]}')
+    say(f'{made}; trained on {about["device"]}, torch {about["torch"]}, commit {about["commit"]}')
     for claim, (said, counted) in claims.items():
-        record.say(f'{claim:<10} file {said}, counted {counted}' + ('' if said == counted else '   DIFFERENT'))
+        say(f'{claim:<10} file {said}, counted {counted}' + ('' if said == counted else '   DIFFERENT'))
     return all(said == counted for said, counted in claims.values())
 
 
 def evaluate_network(path, args, device):
     """A packed or shrunk network, on the data and normalisation of the run it lies in, or of --dataset, --mean and --std."""
-    network = export.read(path, args.trust).to(device)
-    run = record.read_json(path.parent / 'args.json')
+    network = formats.read(path, args.trust).to(device)
+    run = read_json(path.parent / 'args.json')
     if run is None and args.dataset is None:
-        raise record.RunError(f'{path} lies in no run folder: name the data with --dataset')
+        raise RunError(f'{path} lies in no run folder: name the data with --dataset')
     if run is None or args.dataset not in (None, run['dataset']):
         run = vars(arguments.parse([f'--dataset={args.dataset}', '--method=dense']))
     run |= {name: value for name, value in (('mean', args.mean), ('std', args.std)) if value is not None}
     images = test_images(args, {'args': run | {'channels_last': False, 'val_size': 0, 'limit_train': None}}, device)
-    accuracy = record.accuracy(network, images)
+    share = accuracy(network, images)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    record.say(f'accuracy   {accuracy:.2f} % on the {images.num_images:,} test images of {run["dataset"]}')
-    record.say(f'parameters {parameters:,}')
+    say(f'accuracy   {share:.2f} % on the {images.num_images:,} test images of {run["dataset"]}')
+    say(f'parameters {parameters:,}')
     return True
 
 
@@ -226,9 +143,6 @@ def act(args, device):
         publish(args.publish, args.to)
     elif not evaluate(args, device):
         sys.exit(1)
-
-
-# ------------------------------------------------------------------------------------------------------------- verifying
 
 
 def verify(argv):
@@ -242,7 +156,7 @@ def verify(argv):
     recorded = tables.recorded()
     for path in files:
         try:
-            about = read(path)[1]
+            about = read_published(path)[1]
             loader = None
             if args.data_dir is not None:
                 settings = {name: about['args'][name] for name in ('dataset', 'mean', 'std', 'batch_size')}
@@ -255,13 +169,11 @@ def verify(argv):
                     claims[f'{claim} in runs.jsonl'] = (about[claim], None if line is None else line[claim])
             faults = [f'{claim}: file {said}, found {found}' for claim, (said, found) in claims.items() if said != found]
             seen = f'{about["zeros"]:,} zeros' + ('' if loader is None else f', {about["accuracy"]:.2f} %')
-        except (record.RunError, data.DataError) as error:
+        except (FileError, data.DataError) as error:
             faults, seen = [str(error)], ''
         wrong += bool(faults)
-        record.say(f'{path.relative_to(args.weights)}: {"WRONG: " + "; ".join(faults) if faults else seen + " as it says"}')
-    record.say(
-        f'{len(files)} files, {wrong} wrong' + ('' if args.data_dir else '; accuracies not counted, no --data-dir given')
-    )
+        say(f'{path.relative_to(args.weights)}: {"WRONG: " + "; ".join(faults) if faults else seen + " as it says"}')
+    say(f'{len(files)} files, {wrong} wrong' + ('' if args.data_dir else '; accuracies not counted, no --data-dir given'))
     return int(wrong > 0 or not files)
 
 

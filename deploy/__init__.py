@@ -1,0 +1,27 @@
+"""From zeros to a smaller or faster network. Needs sparse_utils.py beside it, and nothing else of this repository.
+
+from deploy import shrink, pack, save, load
+small = shrink(model, example_input)
+"""
+
+from .formats import read, write_onnx, write_pt2, write_torchscript
+from .latency import gains, measure_latency
+from .network_file import load, save
+from .packing import fold, pack
+from .shrinking import dependency_groups, rebuild_optimizer, shrink
+
+__all__ = [
+    'dependency_groups',
+    'fold',
+    'gains',
+    'load',
+    'measure_latency',
+    'pack',
+    'read',
+    'rebuild_optimizer',
+    'save',
+    'shrink',
+    'write_onnx',
+    'write_pt2',
+    'write_torchscript',
+]

@@ -1,0 +1,1 @@
+"""What main.py, launch.sh and bench.py work with: data, run folders, results, tables, published weights."""

@@ -1,0 +1,120 @@
+"""What a finished run is worth: counted and measured on its network, nothing taken from the request."""
+
+import platform
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from deploy import latency
+from deploy.outputs import eval_mode
+from deploy.shrinking import shrink
+from pruners import processes
+from pruners.processes import say
+from sparse_utils import count_macs, count_zeros
+
+
+def commit():
+    """The short git commit of this code, with a + when files differ from it; None outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = ['git', '-C', str(here)]
+        name = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name.stdout.strip() + ('+' if dirty.stdout.strip() else '')
+
+
+def hardware(device):
+    """The name of the GPU, or of the CPU with its number of threads."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:
+        names = [line.split(':')[1] for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')]
+    except OSError:
+        names = []
+    return f'{(names or [platform.processor() or "CPU"])[0].strip()}, {torch.get_num_threads()} threads'
+
+
+def totals(counts):
+    """{name: (a, b)} -> (sum of a, sum of b)."""
+    return sum(a for a, _ in counts.values()), sum(b for _, b in counts.values())
+
+
+def accuracy(model, loader):
+    """Accuracy in percent over a loader, in float32 and eval mode; the model's modes are afterwards as before."""
+    correct = 0
+    with torch.no_grad(), eval_mode(model):
+        for images, labels in loader:
+            correct = correct + (model(images).argmax(1) == labels).sum()
+    correct = processes.total(torch.as_tensor(correct, device=labels.device))
+    return 100 * correct.item() / loader.num_images
+
+
+def measure(job, method):
+    """The result line: everything in it is counted or measured on the finished model, nothing is taken from the request."""
+    model = job.model
+    zeros, macs = count_zeros(model, job.args.pthres), count_macs(model, next(iter(job.test))[0][:1])
+    pruned, weights = totals(zeros)
+    smaller = gains(model, next(iter(job.test))[0][:1]) if method.filters else {}
+    parameters = list(model.parameters())
+    everything = sum(p.numel() for p in parameters)
+    macs_dense, macs_nonzero = totals(macs)
+    return {
+        'status': 'finished',
+        'accuracy': job.evaluate(job.test),
+        'best_accuracy': job.done['best'],
+        'zeros': pruned,
+        'weights': weights,
+        'sparsity': pruned / weights,
+        'parameters': everything,
+        'sparsity_all': 1 - sum(int(torch.count_nonzero(p)) for p in parameters) / everything,
+        'macs_dense': macs_dense,
+        'macs_nonzero': macs_nonzero,
+        'gives': method.gives,
+        'epochs': job.done['epochs'],
+        'seconds': round(job.done['seconds'], 3),
+        'device': hardware(job.device),
+        'torch': torch.__version__,
+        'commit': commit(),
+        'data': job.data.source,
+        'num_classes': job.data.num_classes,
+        'in_channels': job.data.in_channels,
+        'image_size': job.data.image_size,
+        **smaller,
+        **method.facts(),
+        'layers': {name: [*count, *macs.get(name, (0, 0))] for name, count in zeros.items()},
+        'args': vars(job.args),
+    }
+
+
+def gains(model, example):
+    """Parameters, MACs and milliseconds of the network without its pruned filters and of the whole one; or why there is none."""
+    try:
+        return latency.gains(model, shrink(model, example), example)
+    except ValueError as error:
+        return {'not_smaller': str(error)}
+
+
+def report(result, folder):
+    """Print a finished run."""
+    r = Namespace(**result)
+    chosen = {
+        'val': 'of the epoch that was best on the validation split',
+        'test-best': 'of the epoch that was BEST ON THE TEST SET',
+    }
+    chosen = chosen.get(result.get('selected'), 'after the last epoch')
+    say(f'accuracy   {r.accuracy:.2f} % {chosen} (best of any epoch, at whatever sparsity: {r.best_accuracy:.2f} %)')
+    say(
+        f'zeros      {r.zeros:,} of {r.weights:,} prunable weights, {100 * r.sparsity:.4f} %; {100 * r.sparsity_all:.4f} % of all parameters'
+    )
+    say(f'MACs       {r.macs_nonzero:,} with non-zero weights, {r.macs_dense:,} dense, for one image')
+    if 'small_macs' in result:
+        fewer = f'{r.small_parameters:,} of {r.dense_parameters:,} parameters, {r.small_macs:,} of {r.dense_macs:,} MACs'
+        times = (
+            f'{r.dense_ms_1:.2f} -> {r.small_ms_1:.2f} ms for one image, {r.dense_ms_32:.2f} -> {r.small_ms_32:.2f} ms for 32'
+        )
+        say(f'shrunk     {fewer}; {times}, on two threads')
+    say(f'this gives {r.gives}; saved in {folder}/model.pt, all figures in {folder}/result.json')

@@ -1,0 +1,79 @@
+"""One step of training, in which every hook of a method has its place; the optimizer and the course of its learning rate."""
+
+import math
+
+import torch
+from torch import nn
+
+from pruners import processes
+
+
+def one_step(method, fit, step, batch, size=None):
+    """Train on one batch -> the sum of its losses, a 0-d tensor.
+
+    fit: what Job.fit() gives to Method.attach(). step: 0, 1, ... of the stage. batch: (images [B, C, H, W], labels [B]).
+    size: images in this batch over all processes (default: B).
+    """
+    args = fit.args
+    method.before_step(step)
+    fit.optimizer.zero_grad()
+    total = backward(method, fit, batch, size or len(batch[1]))
+    method.after_backward(step, batch)
+    if args.clip:
+        nn.utils.clip_grad_norm_(fit.model.parameters(), args.clip)
+    factor = lr_factor(args, step, fit.batches)
+    for group in fit.optimizer.param_groups:
+        group['lr'] = group['initial_lr'] * factor
+    fit.optimizer.step()
+    method.after_step(step, batch)
+    return total
+
+
+def backward(method, fit, batch, size):
+    """Gradients of a step's mean loss over the `size` images that all processes have -> the sum of this process's losses.
+
+    The batch goes through the network in --accumulate pieces, as many in every process.
+    """
+    world = processes.world()
+    parts = min(fit.args.accumulate, max(size // world, 1))
+    pieces = zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True)
+    total = 0.0
+    for number, (images, labels) in enumerate(pieces):
+        with fit.autocast:
+            loss = fit.criterion(fit.forward(images), labels)
+        extra = method.loss() if number == 0 else None
+        share = len(labels) * world / size  # 1 in one piece and one process; gradients are averaged over processes
+        (loss * share if extra is None else loss * share + extra).backward()
+        total = total + loss.detach() * len(labels)
+    return total
+
+
+def make_optimizer(args, groups):
+    """SGD or Adam over the method's parameter groups; a group without an `lr` has --lr."""
+    if args.optimizer == 'adam':
+        optimizer = torch.optim.Adam(groups, args.lr)
+    else:
+        optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum, nesterov=args.nesterov)
+    for group in optimizer.param_groups:
+        group['initial_lr'] = group['lr']
+    return optimizer
+
+
+def lr_factor(args, step, batches):
+    """The learning rate at a step, as a share of its initial value: a pure function, so there is no state to resume.
+
+    batches: steps in an epoch.
+    """
+    if args.lr_update == 'epoch':
+        step = step // batches * batches
+    total = args.epochs * batches
+    warmup = args.warmup_epochs * batches
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if args.lr_schedule == 'multistep':
+        return args.lr_gamma ** sum(step >= milestone * total for milestone in args.lr_milestones)
+    if args.lr_schedule == 'cosine':
+        span = total - warmup
+        phase = (step - warmup) * (args.lr_restarts + 1) % span / span  # exactly 0 at a restart
+        return 0.5 * (1 + math.cos(math.pi * phase))
+    return 1.0

@@ -1,0 +1,168 @@
+"""What the one-shot pruners do on the command line: pretrain, prune, fine-tune with the masks."""
+
+import itertools
+from argparse import BooleanOptionalAction
+from fnmatch import fnmatchcase
+
+import torch.nn.functional as F
+
+from deploy.shrinking import dependency_groups
+from pruners.config_list import DEFAULT_TYPES, meant
+from pruners.processes import say
+
+from . import Method as Base
+from ._flags import count, nonnegative, positive
+
+
+def add_layer_flags(parser):
+    add = parser.add_argument
+    add('--layers', nargs='+', metavar='NAME', help='prune these layers only; a name may be a pattern: layer1.*.conv1')
+    add('--exclude', nargs='+', default=[], metavar='NAME', help='do not prune these layers; patterns as in --layers')
+
+
+def add_dependency_flag(parser):
+    parser.add_argument(
+        '--dependency-aware',
+        action=BooleanOptionalAction,
+        default=True,
+        help='layers whose filters can only be removed together, as those of a residual stream, have one mask (default: on)',
+    )
+
+
+class OneShot(Base):
+    """Pretrain for --epochs (or --from a run), prune once to --ptarget, fine-tune with the masks."""
+
+    PRUNER = None  # the class, where it is the same for all flags
+    SCOPES = ()  # what --scope offers; the first is the default
+    DEFAULTS = {'model': 'vgg16', 'dataset': 'cifar10', 'epochs': 160, 'lr_schedule': 'multistep', 'ptarget': 0.5}
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.pruner = None
+        kind = self.criterion(args)
+        self.types = kind.TYPES or DEFAULT_TYPES  # of layers that it is given
+        self.filters = kind.FILTERS
+
+    def criterion(self, args):
+        """The class that judges weights or filters."""
+        return self.PRUNER
+
+    @classmethod
+    def add_args(cls, parser):
+        add, shown = parser.add_argument, ' (default: %(default)s)'
+        add('--finetune-epochs', type=count, default=40, metavar='N', help='epochs with the masks, after --epochs' + shown)
+        add('--finetune-lr', type=nonnegative, default=1e-3, help='their learning rate, constant' + shown)
+        add_layer_flags(parser)
+        if cls.PRUNER is not None and cls.PRUNER.FILTERS:
+            add_dependency_flag(parser)
+        if cls.SCOPES:
+            add('--scope', choices=cls.SCOPES, default=cls.SCOPES[0], help='rank in each layer, or all together' + shown)
+
+    def layer_names(self, model):
+        """(names to prune, names of the same types that are left out). Raises ValueError for a name that matches nothing."""
+        able = {n: m for n, m in model.named_modules() if type(m).__name__ in self.types}
+        for pattern in [*(self.args.layers or []), *self.args.exclude]:
+            if not any(fnmatchcase(name, pattern) for name in able):
+                raise ValueError(f'{pattern!r} matches no {" or ".join(self.types[:2])} layer{meant(pattern, able)}')
+
+        def among(name, patterns):
+            return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+        chosen = [
+            name
+            for name, module in able.items()
+            if among(name, self.args.layers or ['*'])
+            and not among(name, self.args.exclude)
+            and module.weight.numel() >= self.args.pthres
+        ]
+        if not chosen:
+            raise ValueError(f'--layers, --exclude and --pthres leave no {" or ".join(self.types[:2])} layer to prune')
+        return chosen, [name for name in able if name not in chosen]
+
+    def config_list(self, model):
+        """The config list that the flags mean."""
+        return [{'sparsity': self.args.ptarget, 'op_names': self.layer_names(model)[0]}]
+
+    def options(self):
+        """Further arguments of the class."""
+        return {'global_sort': self.args.scope == 'global'} if len(self.SCOPES) > 1 else {}
+
+    def make_pruner(self, model):
+        return self.PRUNER(model, self.config_list(model), **self.options())
+
+    def announce(self, model):
+        chosen, others = self.layer_names(model)
+        kinds = ' and '.join(sorted({type(model.get_submodule(name)).__name__ for name in chosen}))
+        say(
+            f'prunes {len(chosen)} layers: {", ".join(chosen)}; leaves out {", ".join(others)}'
+            if others
+            else f'prunes all {len(chosen)} layers of type {kinds}'
+        )
+
+    def run(self, job):
+        self.announce(job.model)
+        self.make_pruner(job.model)  # a faulty configuration is to show before training
+        self.pretrain(job)
+        self.pruner = self.make_pruner(job.model)
+        if groups := self.groups(job, job.model):
+            self.pruner.decide_together(groups)
+        self.prune(job)
+        self.fine_tune(job)
+
+    def groups(self, job, model):
+        """Layers whose filters go together, as none could be removed from a residual stream otherwise; none of other methods."""
+        if not (self.filters and self.args.dependency_aware):
+            return []
+        return dependency_groups(model, next(iter(job.test))[0][:1], depthwise=True)
+
+    def prune(self, job):
+        self.pruner.update_mask()
+        say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
+
+    def attach(self, fit):
+        if self.pruner is not None:
+            self.pruner.bind(fit.optimizer)
+
+    def after_backward(self, step, batch):
+        if self.pruner is not None and self.args.clip:
+            self.pruner.mask_gradients()
+
+    def finalize(self, model):
+        if self.pruner is not None:
+            self.pruner.apply()
+            self.pruner.unhook()
+        return model
+
+    def state_dict(self):
+        return {} if self.pruner is None else {'masks': self.pruner.masks}
+
+    def load_state_dict(self, state):
+        if self.pruner is not None:
+            self.pruner.load_masks(state['masks'])
+
+
+class Watching(OneShot):
+    """One-shot pruners of filters that first watch training batches, with the pretrained weights."""
+
+    @classmethod
+    def add_args(cls, parser):
+        super().add_args(parser)
+        help = 'training batches on which filters are judged, before fine-tuning (default: %(default)s)'
+        parser.add_argument('--statistics-batches', type=positive, default=10, metavar='N', help=help)
+
+    def options(self):
+        return super().options() | {'statistics_batch_num': self.args.statistics_batches}
+
+    def prune(self, job):
+        model, state = job.model, {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+        job.train.set_epoch(0)  # a resumed run must see the same images
+        self.pruner.statistics_batch_num = number = min(self.args.statistics_batches, len(job.train))
+        self.pruner.watch()
+        model.train()
+        for images, labels in itertools.islice(job.train, number):
+            model.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+        model.zero_grad()
+        model.load_state_dict(state)  # batch norm has seen these batches: not now
+        self.pruner.unhook()
+        super().prune(job)

@@ -1,0 +1,125 @@
+"""What the searches do on the command line."""
+
+import itertools
+
+import torch
+from torch import nn
+
+from pruners import processes
+from pruners.processes import say
+
+from ._algorithms import ALGORITHMS, algorithm
+from ._flags import count, fraction, nonnegative, positive
+from ._one_shot import OneShot, add_dependency_flag
+
+
+def add_annealing_flags(add):
+    shown = ' (default: %(default)s)'
+    add('--start-temperature', type=nonnegative, default=100.0, metavar='T', help='of the annealing' + shown)
+    add('--stop-temperature', type=nonnegative, default=20.0, metavar='T', help='it ends there' + shown)
+    add('--cool-down-rate', type=fraction, default=0.9, metavar='RATE', help='factor from one temperature to the next' + shown)
+    add('--perturbation-magnitude', type=nonnegative, default=0.35, metavar='M', help='of shares, at the start' + shown)
+    add('--search-steps', type=positive, default=10, metavar='N', help='candidates at each temperature' + shown)
+    add('--max-sparsity', type=fraction, metavar='SHARE', help='of any layer (default: it keeps a quarter of 1 - the target)')
+    help = 'training batches from which a candidate has its batch norm statistics anew, before it is scored' + shown
+    add('--recalibrate', type=count, default=10, metavar='N', help=help)
+
+
+def annealing_options(args):
+    names = ('start_temperature', 'stop_temperature', 'cool_down_rate', 'perturbation_magnitude', 'search_steps', 'seed')
+    return {name: vars(args)[name] for name in names}
+
+
+def largest_share(args, target):
+    return 1 - (1 - target) / 4 if args.max_sparsity is None else max(args.max_sparsity, target)
+
+
+def add_base_flag(parser, does):
+    """does: what the criterion of base_algo does in this method."""
+    help = f'the criterion that {does} (default: %(default)s)'
+    parser.add_argument('--base-algo', choices=list(ALGORITHMS), default='l1', help=help)
+
+
+class Searching(OneShot):
+    """Pretrain, search on the validation split, fine-tune with the masks that were found."""
+
+    DEFAULTS = OneShot.DEFAULTS | {'val_size': 5000}
+
+    def __init__(self, args):
+        super().__init__(args)
+        if not args.val_size:
+            raise ValueError(f'{args.method} scores its candidates on a validation split: give it images with --val-size')
+        self.job = None
+
+    def criterion(self, args):
+        return algorithm(args.base_algo)
+
+    @classmethod
+    def add_args(cls, parser):
+        super().add_args(parser)
+        add_dependency_flag(parser)
+        add_base_flag(parser, 'chooses filters, or weights')
+
+    def run(self, job):
+        self.job = job
+        super().run(job)
+
+    def evaluator(self, model):
+        """Accuracy in percent on the validation split."""
+        recalibrate(model, self.job.train, vars(self.args).get('recalibrate', 0))
+        return self.job.evaluate(self.job.val)
+
+    def statistics(self, model):
+        """Training batches for the criteria that watch them."""
+        self.job.train.set_epoch(0)
+        train(model, self.job.train, STATISTICS_BATCHES)
+
+    def prune(self, job):
+        self.pruner.search()
+        self.pruner.apply()
+        found = self.pruner.result
+        say(f'found sparsity {100 * found["sparsity"]:.2f} %, validation accuracy {found["performance"]:.2f} %')
+        say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
+
+    def facts(self):
+        """What the search says of its target, and the score of what it found."""
+        found = None if self.pruner is None else self.pruner.result
+        return {} if found is None else {f'search_{key}': found[key] for key in ('sparsity', 'performance', 'met')}
+
+
+STATISTICS_BATCHES = 10
+
+
+@torch.no_grad()
+def recalibrate(model, batches, number):
+    """Set the statistics of batch norms to the means over the first `number` training batches, seen in eval mode otherwise."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta, _ = [norm.momentum for norm in norms], batches.set_epoch(0)
+    model.eval()
+    for norm in norms if number else ():
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean
+        norm.train()
+    for images, _ in itertools.islice(batches, number):
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        processes.average([norm.running_mean, norm.running_var])
+    model.eval()
+
+
+def train(model, batches, steps, optimizer=None):
+    """`steps` training steps, as many epochs as that takes; without an optimizer, forward and backward passes only."""
+    model.train()
+    for _ in range(-(-steps // len(batches))):
+        for images, labels in batches:
+            if steps == 0:
+                break
+            steps -= 1
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            processes.average([p.grad for p in model.parameters() if p.grad is not None])
+            if optimizer is not None:
+                optimizer.step()
+    model.zero_grad()
+    processes.same_buffers(model)

@@ -1,0 +1,214 @@
+"""What several test files use: main.py on something tiny, kills at any write, small networks and data."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import main as program
+from deploy import files
+
+ROOT = Path(__file__).parent.parent
+TINY = ['--dataset=digits', '--model=resnet20', '--width=4', '--limit-train=96', '--batch-size=32', '--epochs=3', '--no-cuda']
+
+
+def run_main(out, *words):
+    """main.py on a tiny problem -> (result.json, model.pt) of the run folder `out`."""
+    program.main([*TINY, f'--out={out}', *words])
+    return read_run(out)
+
+
+def read_run(out):
+    return json.loads((Path(out) / 'result.json').read_text()), torch.load(Path(out) / 'model.pt', weights_only=True)
+
+
+def same_state(a, b):
+    """Equal names in equal order, and bit-identical tensors."""
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Methods whose target is met to the weight: {name: zeros of n weights at a target}
+EXACT = {
+    'feather': lambda n, target: math.floor((n - 1) * target) + 1,
+    'st3': lambda n, target: math.floor((n - 1) * target) + 1,
+    'gmp': lambda n, target: round(target * n),
+    'lrr': lambda n, target: round(target * n),
+    'probmask': lambda n, target: n - round((1 - target) * n),
+}
+# Shorter pipelines; what they do is the same
+QUICK = {
+    'dsp': ['--group-epochs=1', '--finetune-epochs=2', '--cycles=2', '--val-size=0'],
+    'lottery_ticket': ['--prune-iterations=1'],
+    'lrr': ['--rate=0.6'],
+    'probmask': ['--finetune-epochs=1'],
+}
+TURN, SEARCH = ['--admm-iterations=1', '--admm-epochs=1'], ['--val-size=64', '--finetune-epochs=1']
+ANNEAL = ['--cool-down-rate=0.2', '--search-steps=2']
+QUICK |= {
+    'netadapt': [*SEARCH, '--layers', 'stage3.0.conv1', '--sparsity-per-iteration=0.3', '--short-term-steps=1'],
+    'simulated_annealing': [*SEARCH, *ANNEAL],
+    'admm': ['--finetune-epochs=1', '--admm-iterations=2', '--admm-epochs=1'],
+    'autocompress': [*SEARCH, *ANNEAL, *TURN, '--num-iterations=1'],
+}
+ONE_SHOT = ['level', 'slim', 'fpgm', 'l1_filter', 'l2_filter', 'apoz', 'mean_activation', 'taylor_fo', 'agp', 'random_filter']
+QUICK |= {name: ['--finetune-epochs=1'] for name in ONE_SHOT}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the code may catch it."""
+
+
+def kill_at(monkeypatch, number, halfway=False):
+    """Let the process die after its file write of this number, or in the middle of it."""
+    write, calls = files.write_atomically, []
+
+    def dying(path, content):
+        calls.append(path.name)
+        if len(calls) == number and halfway:
+            path.with_name(path.name + '.tmp').write_bytes(b'half')
+            raise Killed
+        write(path, content)
+        if len(calls) == number:
+            raise Killed
+
+    monkeypatch.setattr(files, 'write_atomically', dying)
+    return calls
+
+
+def kill_everywhere(tmp_path, monkeypatch, words, halfway=False):
+    """Kill a run at its first, second, ... write, start it again, and compare the end -> how many writes there are."""
+    whole, expected = run_main(tmp_path / 'whole', *words)
+    for number in range(1, 1000):
+        out = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            calls = kill_at(patch, number, halfway)
+            with contextlib.suppress(Killed):
+                run_main(out, *words)
+        if len(calls) < number:
+            return len(calls)
+        result, state = run_main(out, *words)
+        assert same_state(state, expected), f'killed at write {number}, of {calls[-1]}'
+        assert len((out / 'log.jsonl').read_text().splitlines()) == result['epochs'] == whole['epochs']
+        for key in ('accuracy', 'best_accuracy', 'zeros', 'macs_nonzero'):
+            assert result[key] == whole[key]
+
+
+class Residual(nn.Module):
+    """Modules in another order than that of the computation; stem and back end in one stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.back, self.norm = nn.Linear(6, 3), nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.front, self.stem = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(2, 6, 3, padding=1)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.norm(self.back(F.relu(self.front(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+def residual():
+    torch.manual_seed(0)
+    return Residual()
+
+
+def of_target(sparsity):
+    return [{'sparsity': sparsity, 'op_types': ['Conv2d']}]
+
+
+class Digits(nn.Module):
+    """NNI's own test network, for images of one channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.pool = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(2)
+        self.conv2, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(32, 2)
+
+    def forward(self, x):
+        return self.fc(self.conv2(self.pool(F.relu(self.bn1(self.conv1(x))))).flatten(1))
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(16, 1, 12, 12, generator=generator), torch.randint(0, 2, (16,), generator=generator)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 8)
+
+
+def evaluator(model):
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    val_loader = batches()
+    model.eval()
+    correct = 0
+    with torch.no_grad():
+        for data, target in val_loader:
+            data, target = data.to(device), target.to(device)
+            output = model(data)
+            # get the index of the max log-probability
+            pred = output.argmax(dim=1, keepdim=True)
+            correct += pred.eq(target.view_as(pred)).sum().item()
+    accuracy = correct / len(val_loader.dataset)
+    return accuracy
+
+
+class GoldenNet(nn.Module):
+    """The network whose trajectories under the authors' code are in tests/golden."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.b1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.dw = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.c2, self.b2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.c3, self.fc = nn.Conv2d(16, 16, 1, bias=False), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.dw(F.relu(self.b1(self.c1(x)))))
+        x = F.relu(self.c3(F.relu(self.b2(self.c2(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+class OwnConv(nn.Conv2d):
+    pass
+
+
+LAYERS = [
+    (lambda: nn.Conv2d(4, 6, 3, dilation=2), (2, 4, 9, 9)),
+    (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode='circular'), (2, 4, 9, 9)),
+    (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode='reflect'), (2, 4, 9, 9)),
+    (lambda: nn.Conv2d(4, 6, 3, padding='same'), (2, 4, 9, 9)),
+    (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (2, 4, 9, 9)),
+    (lambda: nn.Conv2d(4, 4, 3, groups=4), (2, 4, 9, 9)),
+    (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (2, 4, 9, 9)),
+    (lambda: nn.Conv1d(4, 6, 3), (2, 4, 9)),
+    (lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 3, 3)),
+    (lambda: OwnConv(4, 6, 3), (2, 4, 9, 9)),
+    (lambda: nn.Linear(9, 5), (2, 9)),
+]
+
+
+class Sharing(nn.Module):
+    """One convolution used by two parents, and two linear layers that are tied to one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+        self.b = nn.Sequential(self.a[0])
+        self.f, self.g = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.g.weight = self.f.weight
+
+    def forward(self, x):
+        return self.g(self.f(self.b(self.a(x)).mean((2, 3))))
+
+
+def log_of(folder):
+    """log.jsonl without the figures of time."""
+    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    return [{key: value for key, value in line.items() if 'second' not in key} for line in lines]
+
+
+def weights_of(state):
+    """The prunable weights of a state dict, as one vector."""
+    return torch.cat([tensor.flatten() for tensor in state.values() if tensor.dim() > 1])
