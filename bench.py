@@ -33,6 +33,7 @@ import methods
 from args import parse
 from deploy import fold, pack
 from harness.result import hardware
+from harness.side_by_side import blocks_in_turn
 from harness.training import make_optimizer, one_step
 from methods._algorithms import ALGORITHMS, algorithm
 from pruners.compressor import StatisticsPruner
@@ -130,13 +131,17 @@ def trainer(device, size, batch, words=(), method='dense', target=0.9, network=S
 
 
 def bench_step(device, repeats, names):
-    for size, n in ((8, repeats), (32, max(repeats // 4, 5))):
-        functions = {'dense': trainer(device, size, 64)}
-        functions |= {
-            f'{name}, {target:.0%}': trainer(device, size, 64, (), name, target) for name in names for target in (0.9, 0.99)
-        }
-        times = interleaved(functions, n, device, calls=4)  # as in training, where the caches hold one model
-        show(f'training step, ResNet-20 width 32, batch 64, {size}x{size} images', times, 'dense')
+    """Each method in a process of its own beside the dense step in another, blocks of steps in turn."""
+    for size, calls in ((8, 20), (32, 4)):
+        makers = {'dense': (trainer, (device, size, 64))}
+        for name in names:
+            for target in (0.9, 0.99):
+                makers[f'{name}, {target:.0%}'] = trainer, (device, size, 64, (), name, target)
+        seconds = blocks_in_turn(makers, max(repeats // 4, 5), calls, torch.get_num_threads())
+        say(f'\ntraining step, ResNet-20 width 32, batch 64, {size}x{size} images')
+        for name, blocks in seconds.items():
+            ratios = [own / dense for own, dense in zip(blocks, seconds['dense'], strict=True)]
+            say(f'  {name:<34} {1000 * statistics.median(blocks):9.2f} ms   {statistics.median(ratios):7.2f}x the time')
 
 
 def bench_amp(device, repeats, names):
@@ -235,6 +240,12 @@ def bench_memory(device, repeats, names):
         say(f'  {name:<34} {peak / 2**20:9.1f} MiB  {peak / peaks["dense"]:7.2f}x the memory')
 
 
+def training_methods():
+    """The methods that train in one stage, and those whose first stage is more than dense training: they change the step."""
+    single = [name for name in methods.names() if methods.load(name).run is methods.Method.run]
+    return [name for name in (*single, 'lrr', 'probmask') if name != 'dense']
+
+
 BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp, 'criteria': bench_criteria}
 BENCHES |= {'pack': bench_pack, 'memory': bench_memory}
 
@@ -246,8 +257,7 @@ def main():
     parser.add_argument('--device', type=torch.device, default=torch.device('cpu'))
     parser.add_argument('--repeats', type=int, default=60)
     parser.add_argument('--record', action='store_true', help='write what is printed to results/bench/<which>.md')
-    sparse = ['feather', 'asl', 'st3', 'gmp', 'lrr', 'probmask']  # those that change the training step
-    parser.add_argument('--methods', nargs='+', choices=sparse, default=sparse, help='for step and memory')
+    parser.add_argument('--methods', nargs='+', choices=methods.names(), default=training_methods(), help='for step and memory')
     options = parser.parse_args()
     if unknown := set(options.which) - set(BENCHES):
         parser.error(f'there is no bench {sorted(unknown)[0]!r}; there are {", ".join(BENCHES)}')
