@@ -13,11 +13,17 @@ from pathlib import Path
 
 import yaml
 
+import archs
 import methods
 from harness import data
 from methods._flags import PLACE, count, fraction, nonnegative, positive, share
 
-COMMANDS = ['publish', 'evaluate']  # flags that train nothing
+COMMANDS = {  # flags that train nothing, and what they do
+    'publish': 'Write the weights of a finished run into a small file that anybody can check.',
+    'evaluate': 'Check what a file of weights says, or evaluate a packed or shrunk network.',
+    'shrink': 'Make a smaller network of what a finished run has pruned: small.pt and small.json in its folder.',
+}
+TABLE_KEYS = ['title', 'times', 'summary', 'defaults', 'seeds', 'rows']
 ROW_KEYS = ['id', 'seeds', 'paper', 'minutes', 'note']  # of a table row, beside flags
 
 
@@ -27,7 +33,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def common_parser():
-    parser = Parser(prog='main.py', description='Train and sparsify a network.', add_help=False, allow_abbrev=False)
+    """The flags that every method has, --help among them."""
+    commands = [f'main.py --{name} {"FILE" if name == "evaluate" else "RUN"}\n    {does}' for name, does in COMMANDS.items()]
+    parser = Parser(
+        prog='main.py',
+        description='Train and sparsify a network.',
+        epilog='with what a finished run has left (--help after each shows its flags):\n  ' + '\n  '.join(commands),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument('-h', '--help', action='store_true', help='show this help, with the flags of the chosen --method')
     switch = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group('what is run').add_argument
@@ -35,7 +51,7 @@ def common_parser():
     add(
         '--model',
         default='resnet20',
-        help='network of archs/: resnet20 to resnet110, mobilenet_v1, densenet, wrn<depth>_<k>, vgg16, vgg19, lenet300_100, resnet18, resnet50 (default: %(default)s)',
+        help=f'network of archs/: {", ".join(archs.names())}, and any wrn<depth>_<k> (default: %(default)s)',
     )
     add('--width', type=positive, help='channels of the first stage of a CIFAR ResNet (default: 32; He et al. have 16)')
     add('--dropout', type=nonnegative, default=0.0, help='dropout rate of a wide ResNet (default: %(default)s)')
@@ -61,8 +77,8 @@ def common_parser():
     add('--pad', type=count, help='random crops from images padded by so many pixels (default: 4 for CIFAR, else 0)')
     add('--pad-mode', choices=['zeros', 'edge', 'reflect'], help='what the padding holds (default: zeros)')
     add('--flip', action=switch, help='random horizontal flips (default: for CIFAR and ImageNet)')
-    add('--mean', type=float, nargs='+', help="normalisation, a value a channel (default: the dataset's in data.py)")
-    add('--std', type=float, nargs='+', help="normalisation, a value a channel (default: the dataset's in data.py)")
+    add('--mean', type=float, nargs='+', help="normalisation, a value a channel (default: the dataset's)")
+    add('--std', type=float, nargs='+', help="normalisation, a value a channel (default: the dataset's)")
     add('--drop-last', action=switch, default=False, help='leave out the last, smaller batch of an epoch')
 
     add = parser.add_argument_group('training').add_argument
@@ -137,30 +153,40 @@ def place_flags(add):
         nargs='?',
         const=8,
         default=0,
-        help='loader processes for ImageNet; the small datasets stay in memory and need none (default: %(default)s; the bare switch means 8)',
+        help='loader processes for ImageNet, 8 for the bare switch; small datasets stay in memory (default: %(default)s)',
     )
     add('--gpu', type=count, default=0, metavar='ID', help='GPU device id (default: %(default)s)')
     add('--no-cuda', action='store_true', help='run on the CPU even where there is a GPU')
     add('--device', help='cpu, cuda, cuda:1, ...; overrides --gpu and --no-cuda (default: the GPU if there is one)')
 
 
+def parser_for(words, description=True):
+    """(the parser with the flags of the method that `words` name, that method). Raises ValueError for an unknown method."""
+    parser = common_parser()
+    method = methods.load(parser.parse_known_args(words)[0].method)
+    method.add_args(parser.add_argument_group(f'--method {method.__module__.split(".")[-1]}'))
+    parser.set_defaults(**method.DEFAULTS)
+    return parser, method
+
+
+def flags_of(words):
+    """All flags of a run, as `--lr`, for the method that the words of a command line name."""
+    parser, _ = parser_for([*config_words(common_parser().parse_known_args(words)[0]), *words])
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
 def parse(argv):
     """The command line (a list of words) -> Namespace. Usage errors print one sentence and exit with status 2."""
-    parser = common_parser()
-    parser.add_argument('-h', '--help', action='store_true', help='show this help, with the flags of the chosen --method')
-    if command := next((name for name in COMMANDS if f'--{name}' in (word.split('=')[0] for word in argv)), None):
+    if command := command_of(argv):
         return parse_command(command, argv)
-    first, _ = parser.parse_known_args(argv)
+    first, _ = common_parser().parse_known_args(argv)
     if first.resume:
-        return resumed(parser, argv)
+        return resumed(common_parser(), argv)
     try:
         words = config_words(first) + argv
-        method = methods.load(parser.parse_known_args(words)[0].method)
+        parser, _ = parser_for(words)
     except ValueError as error:
-        parser.error(str(error))
-    group = parser.add_argument_group(f'--method {method.__module__.split(".")[-1]}')
-    method.add_args(group)
-    parser.set_defaults(**method.DEFAULTS)
+        common_parser().error(str(error))
     if first.help:
         parser.print_help()
         parser.exit()
@@ -168,7 +194,16 @@ def parse(argv):
     args = parser.parse_args(words)
     del args.help
     args.command = None
-    for knob in ('pad', 'pad_mode', 'flip', 'mean', 'std'):  # the dataset's defaults, so that args.json shows what was used
+    fill_in_data(parser, args)
+    if args.dropout >= 1:
+        parser.error('--dropout must be below 1')
+    args.sname = args.sname or f'{args.method}_{args.model}'
+    return args
+
+
+def fill_in_data(parser, args):
+    """The dataset's defaults, so that args.json shows what was used."""
+    for knob in ('pad', 'pad_mode', 'flip', 'mean', 'std'):
         if getattr(args, knob) is None:
             setattr(args, knob, data.DATASETS[args.dataset][knob])
     channels = data.DATASETS[args.dataset]['in_channels']
@@ -177,27 +212,35 @@ def parse(argv):
         parser.error(f'--mean and --std take one value for each of the {channels} channels of {args.dataset}')
     if min(args.std) <= 0:
         parser.error('--std must be positive')
-    if args.dropout >= 1:
-        parser.error('--dropout must be below 1')
-    args.sname = args.sname or f'{args.method}_{args.model}'
-    return args
+
+
+# --------------------------------------------------------------------------------------------------------------- commands
+
+
+def command_of(argv):
+    """The name of a flag that trains nothing, among the words of a command line, or None."""
+    flags = [word.split('=')[0] for word in argv]
+    return next((name for name in COMMANDS if f'--{name}' in flags), None)
 
 
 def parse_command(command, argv):
-    """`--publish RUN` or `--evaluate FILE` with their few flags -> Namespace with `command`."""
-    parser = Parser(prog='main.py', description='Publish or evaluate what a finished run has left.', allow_abbrev=False)
-    add = parser.add_argument
-    add(f'--{command}', required=True, metavar='RUN' if command == 'publish' else 'FILE')
+    """`--publish RUN`, `--evaluate FILE` or `--shrink RUN` with their few flags -> Namespace with `command`."""
+    parser = Parser(prog='main.py', description=COMMANDS[command], allow_abbrev=False)
+    add, shown = parser.add_argument, ' (default: %(default)s)'
+    add(f'--{command}', required=True, metavar='FILE' if command == 'evaluate' else 'RUN')
     if command == 'publish':
         add('--to', metavar='FILE', help='where to (default: results/weights/<table>/<row>-s<seed>.pt, or RUN/published.pt)')
+    if command == 'shrink':
+        add('--round-to', type=positive, default=1, metavar='N', help='keep multiples of N filters, as hardware likes' + shown)
+        add('--pt2', action='store_true', help='also write small.pt2, for torch.export')
+        add('--onnx', action='store_true', help='also write small.onnx')
+        add('--torchscript', action='store_true', help='also write small.ts, deprecated by PyTorch')
+        add('--threads', type=positive, default=2, help='of the CPU, for the measurement' + shown)
+        return parser.parse_args(argv, argparse.Namespace(command=command, device='cpu', gpu=0, no_cuda=True))
     if command == 'evaluate':
         add('--dataset', choices=list(data.DATASETS), help='(default: the one the file was trained on)')
-        add(
-            '--mean',
-            type=float,
-            nargs='+',
-            help="normalisation of a network that lies in no run folder (default: the dataset's)",
-        )
+        ours = "normalisation of a network that lies in no run folder (default: the dataset's)"
+        add('--mean', type=float, nargs='+', help=ours)
         add('--std', type=float, nargs='+', help='the same')
         add('--trust', action='store_true', help='read .pt2 and TorchScript files too, which can carry code that runs')
     place_flags(add)
@@ -238,11 +281,11 @@ def load_table(path):
         raise ValueError(f'{path} is no valid YAML: {" ".join(str(error).split())}') from None
     if not isinstance(table, dict) or not isinstance(table.get('rows'), list) or not table['rows']:
         raise ValueError(f'{path}: a table needs `rows`, a list of rows with an `id` each')
-    if unknown := set(table) - {'title', 'times', 'defaults', 'seeds', 'rows'}:
-        raise ValueError(
-            f'{path}: unknown key {sorted(map(str, unknown))[0]!r}; a table has title, times, defaults, seeds and rows'
-        )
-    table = {'title': Path(path).stem, 'times': False, 'defaults': {}, 'seeds': [0]} | table
+    if unknown := set(table) - set(TABLE_KEYS):
+        raise ValueError(f'{path}: unknown key {sorted(map(str, unknown))[0]!r}; a table has {", ".join(TABLE_KEYS)}')
+    table = {'title': Path(path).stem, 'times': False, 'summary': 'mean', 'defaults': {}, 'seeds': [0]} | table
+    if table['summary'] not in ('mean', 'median'):
+        raise ValueError(f'{path}: `summary` is mean or median, not {table["summary"]!r}')
     if not isinstance(table['defaults'], dict):
         raise ValueError(f'{path}: `defaults` is a mapping of flags')
     ids = [row.get('id') if isinstance(row, dict) else None for row in table['rows']]

@@ -42,7 +42,7 @@ from sparse_utils import global_threshold
 
 
 def interleaved(functions, repeats, device, calls=1):
-    """{name: function} -> {name: median seconds of a call}: a few calls of each in turn, so that a disturbance hits all alike."""
+    """{name: function} -> {name: median seconds of a call}: calls of each in turn, so that a disturbance hits all alike."""
     times = {name: [] for name in functions}
     for repeat in range(repeats + 3):
         for name, function in functions.items():

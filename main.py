@@ -21,7 +21,7 @@ import archs
 import methods
 from args import parse
 from deploy.files import FileError, read_tensors, write_json, write_tensors
-from harness import published, result, run_folder, shrunk
+from harness import commands, result, run_folder
 from harness.data import DataError, load
 from harness.training import lr_factor, make_optimizer, one_step
 from pruners import processes
@@ -30,20 +30,16 @@ from sparse_utils import count_zeros, layers_to_prune
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if any(word.split('=')[0] == '--shrink' for word in argv):  # a finished run becomes a smaller network
-        return shrunk.main(argv)
-    args = parse(argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         device = pick_device(args)
-        if not args.command:
-            processes.start(device)
-            if args.batch_size < processes.world():
-                raise ValueError(f'--batch-size {args.batch_size} leaves nothing for some of {processes.world()} processes')
+        if args.command:  # something with a run that is finished
+            return commands.carry_out(args, device)
+        processes.start(device)
+        if args.batch_size < processes.world():
+            raise ValueError(f'--batch-size {args.batch_size} leaves nothing for some of {processes.world()} processes')
         if device.type == 'cpu' and args.device is None:
             say('running on the CPU' + ('' if args.no_cuda else ': PyTorch finds no CUDA device'))
-        if args.command:  # --publish, --evaluate: something with a run that is finished
-            return published.act(args, device)
         torch.manual_seed(args.seed)
         data = load(args, device)
         model = archs.from_args(args, data.num_classes, data.in_channels, data.image_size)
@@ -87,7 +83,7 @@ def carry_out(job, method):
 
 
 class Job:
-    """What method.run(job) works with: args, model, device, folder, the loaders train, val (or None) and test, fit, evaluate."""
+    """What method.run(job) has: args, model, device, folder, the loaders train, val (or None) and test, fit, evaluate."""
 
     def __init__(self, args, model, data, device, folder):
         self.args, self.model, self.device, self.folder = args, model, device, folder

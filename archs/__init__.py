@@ -76,5 +76,5 @@ def build(name, num_classes, width=None, in_channels=3, image_size=32, dropout=0
 
 
 def from_args(args, num_classes, in_channels, image_size):
-    """The network that a run's arguments (a Namespace with model, width, dropout and bn_momentum) ask for, on its data's shape."""
+    """The network that a run's arguments ask for. args: has model, width, dropout and bn_momentum; the rest is the data's."""
     return build(args.model, num_classes, args.width, in_channels, image_size, args.dropout, args.bn_momentum)

@@ -1,7 +1,7 @@
 """Files that survive a kill, and tensors that are read without running code.
 
-A file is written beside its place and then put there in one step. Published weights, of harness/published.py, are read here too:
-a torch.save of five entries, read with weights_only=True, so nothing in it can run:
+A file is written beside its place and then put there in one step. Published weights are folded and read here too: a torch.save
+of five entries, read with weights_only=True, so that nothing in it can run:
 about    JSON: result and arguments of the run, table and row, and name, shape and kind of each tensor
 dense    float32: the tensors that are mostly not zero, one after the other
 values   float32: the non-zero values of the others ('sparse')

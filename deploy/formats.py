@@ -80,7 +80,8 @@ def read(path, trust=False):
         return load(path)
     if kind in ('.pt2', 'TorchScript') and not trust:
         raise ValueError(
-            f'{path} is a {kind} file, which can carry code that runs when it is read: use trust only if you know where it comes from'
+            f'{path} is a {kind} file, which can carry code that runs when it is read: '
+            'use trust only if you know where it comes from'
         )
     try:
         if kind == '.pt2':

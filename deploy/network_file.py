@@ -1,14 +1,11 @@
 """Files of finished networks, among them small ones that no longer have the shapes of their architecture.
 
     save(model, 'small', example_input)          small.pt, a plain state dict, and small.json, what to build around it
-    model = load('small')                        in another process, without the code that built it and without running stored code
-    write_pt2(model, example_input, 'small.pt2') for torch.export, ExecuTorch, AOTInductor
-    write_onnx(model, example_input, 'small.onnx')
-    model = read('small.pt2', trust=True)        any of them but ONNX
+    model = load('small')                        in another process, without the code that built it; nothing stored is run
 
 small.json lists the layers (class and constructor arguments) and the operations between them, as torch.fx traces them. Both are
 looked up in the tables below when the file is read, and nothing in it is ever evaluated: a file from a stranger can be wrong,
-and then gives a ValueError, but cannot run anything. A .pt2 or TorchScript file holds a program, so read() wants `trust` for it.
+and then gives a ValueError, but cannot run anything. Files that hold programs are those of formats.py.
 """
 
 import builtins
@@ -259,7 +256,7 @@ def _encode(value, node):
 
 
 def rebuild(description, tensors):
-    """The network that describe() described, in eval mode. Raises ValueError for anything that is not as describe() writes it."""
+    """The network that describe() described, in eval mode. Raises ValueError for what describe() would not write."""
     if not isinstance(description, dict) or description.get('format') != FORMAT:
         raise ValueError(f'this is no description of the format {FORMAT!r}')
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):

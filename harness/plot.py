@@ -2,7 +2,7 @@
 
     python -m harness.plot [TABLE...]        default: every table with enough runs for a picture
 
-<table>         accuracy against sparsity and against MACs: mean and sample standard deviation over seeds, a line for each method,
+<table>         accuracy against sparsity and against MACs: mean and sample standard deviation over seeds, a line a method,
                 hollow marks for the figures the papers give, a dashed line for the dense network; on the axis of sparsity the
                 methods stand a little beside one another, or their marks would cover each other
 <table>-filters the same for methods that prune whole filters, with the MACs that are left once these are removed

@@ -1,17 +1,10 @@
 """What is done with a finished run: its weights are published in a small file, and anybody can check what the file says.
 
 python main.py --publish RUN                       results/weights/<table>/<row>-s<seed>.pt, or RUN/published.pt outside a table
-python main.py --evaluate FILE --data-dir DIR      rebuild the network and count zeros and accuracy again; also for packed networks
+python main.py --evaluate FILE --data-dir DIR      count zeros and accuracy again; also the accuracy of packed networks
 ./launch verify [--data-dir DIR]                   the same for every file below results/weights
 
-Such a file is a torch.save of five entries, read with weights_only=True, so nothing in it can run:
-about    JSON: result and arguments of the run, table and row, and name, shape and kind of each tensor
-dense    float32: the tensors that are mostly not zero, one after the other
-values   float32: the non-zero values of the others ('sparse')
-gaps     uint8, deflated: how many zeros stand before each of those values, as bytes of 255 and one below
-counts   int64: batch norm's counters
-The state dict that is read back is equal to the bit, but that
-a zero has lost its sign.
+What such a file holds stands in deploy/files.py.
 """
 
 import json
@@ -21,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-import archs
 import args as arguments
 from deploy import formats
 from deploy.files import FileError, pack_sparse, read_json, read_published, read_tensors, write_tensors
@@ -31,6 +23,7 @@ from sparse_utils import count_zeros
 
 from . import data
 from . import table as tables
+from .rebuild import network_of
 from .result import accuracy, totals
 from .run_folder import RunError, finished
 
@@ -63,10 +56,7 @@ def rebuild(state, about):
     """The network a published file describes, with its weights. Raises RunError when they do not fit together."""
     try:
         args = Namespace(**about['args'])
-        facts = data.DATASETS[args.dataset]
-        classes = about.get('num_classes', facts['num_classes'])
-        shape = args.width, facts['in_channels'], facts['image_size'], args.dropout, args.bn_momentum
-        model = archs.build(args.model, classes, *shape)
+        model, _ = network_of(about['args'], about)
         model.load_state_dict(state)
         if args.channels_last:  # the same kernels as in the run, so that the accuracy is the same to the last image
             model.to(memory_format=torch.channels_last)
@@ -100,8 +90,8 @@ def test_images(args, about, device):
 def evaluate(args, device):
     """`--evaluate FILE`: print what a published file says and what is counted; of another network, its accuracy.
 
-    Returns whether the file is what it says. FILE is a published file, a network of export.save() (its .pt or .json), or a .pt2 or
-    TorchScript file with --trust. Raises RunError or ValueError for anything else.
+    Returns whether the file is what it says. FILE is a published file, a network of deploy.save() (its .pt or .json), or a .pt2
+    or TorchScript file with --trust. Raises RunError or ValueError for anything else.
     """
     path = Path(args.evaluate)
     if not path.is_file():
@@ -137,16 +127,8 @@ def evaluate_network(path, args, device):
     return True
 
 
-def act(args, device):
-    """The commands of main.py that train nothing. Exits with status 1 when a file is not what it says."""
-    if args.command == 'publish':
-        publish(args.publish, args.to)
-    elif not evaluate(args, device):
-        sys.exit(1)
-
-
-def verify(argv):
-    """`./launch verify`: check every file below results/weights. Returns the exit status."""
+def verify(argv=None):
+    """`./launch verify`: check every file below results/weights -> the exit status. argv: default, the command line's."""
     parser = arguments.Parser(prog='launch verify', description='Check every published weight file.', allow_abbrev=False)
     parser.add_argument('--data-dir', help='also count the accuracies, on the datasets in this folder')
     parser.add_argument('--weights', type=Path, default=WEIGHTS, help='the folder of the files (default: %(default)s)')
@@ -178,4 +160,4 @@ def verify(argv):
 
 
 if __name__ == '__main__':
-    sys.exit(verify(sys.argv[1:]))
+    sys.exit(verify())

@@ -1,5 +1,6 @@
 """What a finished run is worth: counted and measured on its network, nothing taken from the request."""
 
+import contextlib
 import platform
 import subprocess
 from argparse import Namespace
@@ -31,11 +32,11 @@ def hardware(device):
     """The name of the GPU, or of the CPU with its number of threads."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    try:
-        names = [line.split(':')[1] for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')]
-    except OSError:
-        names = []
-    return f'{(names or [platform.processor() or "CPU"])[0].strip()}, {torch.get_num_threads()} threads'
+    name = platform.processor() or 'CPU'
+    with contextlib.suppress(OSError):  # where there is no such file
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        name = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), name)
+    return f'{name}, {torch.get_num_threads()} threads'
 
 
 def totals(counts):
@@ -91,7 +92,7 @@ def measure(job, method):
 
 
 def gains(model, example):
-    """Parameters, MACs and milliseconds of the network without its pruned filters and of the whole one; or why there is none."""
+    """Parameters, MACs and milliseconds without the pruned filters and of the whole network; or why there are none."""
     try:
         return latency.gains(model, shrink(model, example), example)
     except ValueError as error:
@@ -101,20 +102,20 @@ def gains(model, example):
 def report(result, folder):
     """Print a finished run."""
     r = Namespace(**result)
-    chosen = {
+    epoch = {
         'val': 'of the epoch that was best on the validation split',
         'test-best': 'of the epoch that was BEST ON THE TEST SET',
-    }
-    chosen = chosen.get(result.get('selected'), 'after the last epoch')
-    say(f'accuracy   {r.accuracy:.2f} % {chosen} (best of any epoch, at whatever sparsity: {r.best_accuracy:.2f} %)')
-    say(
-        f'zeros      {r.zeros:,} of {r.weights:,} prunable weights, {100 * r.sparsity:.4f} %; {100 * r.sparsity_all:.4f} % of all parameters'
-    )
+    }.get(result.get('selected'), 'after the last epoch')
+    best = f' (best of any epoch, at whatever sparsity: {r.best_accuracy:.2f} %)' if r.epochs else ''
+    say(f'accuracy   {r.accuracy:.2f} % {epoch}{best}')
+    share = f'{100 * r.sparsity:.4f} %; {100 * r.sparsity_all:.4f} % of all parameters'
+    say(f'zeros      {r.zeros:,} of {r.weights:,} prunable weights, {share}')
     say(f'MACs       {r.macs_nonzero:,} with non-zero weights, {r.macs_dense:,} dense, for one image')
     if 'small_macs' in result:
         fewer = f'{r.small_parameters:,} of {r.dense_parameters:,} parameters, {r.small_macs:,} of {r.dense_macs:,} MACs'
-        times = (
-            f'{r.dense_ms_1:.2f} -> {r.small_ms_1:.2f} ms for one image, {r.dense_ms_32:.2f} -> {r.small_ms_32:.2f} ms for 32'
-        )
-        say(f'shrunk     {fewer}; {times}, on two threads')
+        one = f'{r.dense_ms_1:.2f} -> {r.small_ms_1:.2f} ms for one image'
+        many = f'{r.dense_ms_32:.2f} -> {r.small_ms_32:.2f} ms for 32'
+        say(f'shrunk     {fewer}; {one}, {many}, on {r.latency_on}')
+    if 'not_smaller' in result:
+        say(f'shrunk     not: {r.not_smaller}')
     say(f'this gives {r.gives}; saved in {folder}/model.pt, all figures in {folder}/result.json')

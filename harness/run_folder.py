@@ -6,8 +6,8 @@ checkpoint.pt    everything to continue from, replaced atomically after each epo
 stage-*.pt       the end of each finished stage but the last, for methods of several stages
 events.*         the log again, for TensorBoard
 masks.pt         of dsp: the masks that packing works from
-packed.*         of dsp: the packed network, see export.py
-small.*          of --shrink: the smaller network, see export.py
+packed.*         of dsp: the packed network, see deploy/network_file.py
+small.*          of --shrink: the smaller network, see deploy/network_file.py
 model.pt         plain state dict of the finished network: original names and order, exact zeros
 result.json      what came out, or why the run failed; written last
 """
@@ -89,7 +89,7 @@ def finished(folder):
 
 
 def log(folder, line, number):
-    """Write `line` as line `number` (from 0) of log.jsonl: what stood there or after it was never saved, and is repeated now."""
+    """Write `line` as line `number` (from 0) of log.jsonl; what stood from there on was never saved, and is repeated now."""
     path = folder / 'log.jsonl'
     lines = path.read_text(errors='replace').splitlines(keepends=True)[:number] if path.exists() else []
     if len(lines) < number or not all(line.endswith('\n') for line in lines):

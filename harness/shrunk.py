@@ -1,21 +1,17 @@
 """python main.py --shrink RUN: a smaller network of what a finished run has pruned."""
 
-import sys
 from pathlib import Path
 
 import torch
 
-import archs
-from args import Parser
 from deploy import formats
-from deploy.files import FileError, read_json, read_tensors
+from deploy.files import read_json, read_tensors
 from deploy.latency import gains
 from deploy.network_file import save
 from deploy.shrinking import shrink
-from methods._flags import positive
 from pruners.processes import say
 
-from . import data
+from .rebuild import network_of
 
 
 def shrink_run(folder, round_to=1, pt2=False, onnx=False, torchscript=False, threads=2):
@@ -47,19 +43,17 @@ def shrink_run(folder, round_to=1, pt2=False, onnx=False, torchscript=False, thr
 
 def rebuild_run(folder):
     """(model in eval mode on the CPU, one example of random pixels) of a run folder, as main.py builds it."""
-    args = read_json(Path(folder) / 'args.json')
-    if not isinstance(args, dict) or not (Path(folder) / 'model.pt').is_file():
+    folder = Path(folder)
+    args = read_json(folder / 'args.json')
+    if not isinstance(args, dict) or not (folder / 'model.pt').is_file():
         raise ValueError(f'{folder} is not the folder of a finished run: it needs args.json and model.pt')
-    source = data.DATASETS[args['dataset']]
-    channels, size = source['in_channels'], source['image_size']
-    options = {name: args[name] for name in ('width', 'dropout', 'bn_momentum')}
-    model = archs.build(args['model'], source['num_classes'], in_channels=channels, image_size=size, **options)
+    model, shape = network_of(args, read_json(folder / 'result.json') or {})
     try:
-        model.load_state_dict(read_tensors(Path(folder) / 'model.pt'))
+        model.load_state_dict(read_tensors(folder / 'model.pt'))
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:200]
         raise ValueError(f'{folder}/model.pt is no {args["model"]}, so it has another shape already: {reason}') from None
-    return model.eval(), torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
+    return model.eval(), torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def report(result, say=print):
@@ -70,20 +64,4 @@ def report(result, say=print):
     for key in [key for key in result if key.startswith('small_ms_')]:
         small, dense = result[key], result[key.replace('small', 'dense')]
         say(f'{dense:>12.2f} ms -> {small:>12.2f} ms for a batch of {key.rpartition("_")[2]}, {dense / small:.2f}x as fast')
-
-
-def main(argv):
-    """The command line of python main.py --shrink RUN, a list of words."""
-    parser = Parser(prog='main.py', description='Make a smaller network of what a finished run pruned.', allow_abbrev=False)
-    add, shown = parser.add_argument, ' (default: %(default)s)'
-    add('--shrink', metavar='RUN', required=True, help='folder of the run; small.pt and small.json are written there')
-    add('--round-to', type=positive, default=1, metavar='N', help='keep multiples of N filters, as hardware likes' + shown)
-    add('--pt2', action='store_true', help='also write small.pt2, for torch.export')
-    add('--onnx', action='store_true', help='also write small.onnx')
-    add('--torchscript', action='store_true', help='also write small.ts, deprecated by PyTorch')
-    add('--threads', type=positive, default=2, help='of the CPU, for the measurement' + shown)
-    a = parser.parse_args(argv)
-    try:
-        shrink_run(a.shrink, a.round_to, a.pt2, a.onnx, a.torchscript, a.threads)
-    except (ValueError, RuntimeError, FileError) as error:
-        sys.exit(f'main.py: error: {error}')
+    say(f'measured on {result["latency_on"]}')

@@ -1,13 +1,14 @@
 """Tables out of recorded runs; nobody types a number.
 
-    python -m harness.table            rewrite results/<table>.md of every table in configs/ with runs in results/runs.jsonl
-    python -m harness.table --check    fail if one of them is not what the runs say
+    python -m harness.table            rewrite results/<table>.md of every table in configs/, and results/tables.md, their list
+    python -m harness.table --check    fail if one of them is not what results/runs.jsonl says
 
-A row shows the mean and the sample standard deviation over its seeds. Accuracy is that of the last epoch on the test set,
-zeros and MACs are counted on the saved network, and where whole filters went also on the network without them; milliseconds,
-with `times: true` in the table, are those of that network on two threads, and of the dense one in the same run. README.md and
-results/README.md repeat some of these pages, between the comments <!-- results/NAME.md --> and <!-- end -->; both commands
-see to those too.
+A row shows the mean and the sample standard deviation over its seeds, or, with `summary: median` in the table, the median and
+the range. Accuracy is that of the last epoch on the test set, zeros and MACs are counted on the saved network, and where whole
+filters went also on the network without them; milliseconds, with `times: true` in the table, are those of that network and, in
+brackets, of the dense one in the same run. A table that was never run has a page too, with the published figures and "not run".
+README.md and results/README.md repeat some of these pages, between the comments <!-- results/NAME.md --> and <!-- end -->;
+both commands see to those too.
 """
 
 import argparse
@@ -22,10 +23,9 @@ from deploy import files
 from deploy.files import read_json
 from methods._flags import PLACE
 
-SHRUNK = ['parameters shrunk', 'MMACs shrunk']
-TIMES = ['ms shrunk (dense), 1 image', '32 images']
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, CONFIGS = ROOT / 'results', ROOT / 'configs'
+CONFIGS = ROOT / 'configs'
+RESULTS = ROOT / 'results'
 RUNS = RESULTS / 'runs.jsonl'
 READMES = [ROOT / 'README.md', RESULTS / 'README.md']
 
@@ -36,7 +36,10 @@ def name_of(path):
     return str(path.relative_to(CONFIGS)) if path.is_relative_to(CONFIGS) else path.name
 
 
-def of_folders(runs):
+# ---------------------------------------------------------------------------------------------------------------- results
+
+
+def results_in(runs):
     """[(row, seed, run folder)] -> {(row, seed): result}, for the runs that have one, failed ones too."""
     results = {(row, seed): read_json(folder / 'result.json') for row, seed, folder in runs}
     return {key: result for key, result in results.items() if result is not None}
@@ -45,122 +48,256 @@ def of_folders(runs):
 def recorded():
     """results/runs.jsonl -> {table: {(row, seed): result}}; the last line of a run counts."""
     tables = {}
-    for line in RUNS.read_text().splitlines() if RUNS.exists() else []:
+    lines = RUNS.read_text().splitlines() if RUNS.exists() else []
+    for line in lines:
         entry = json.loads(line)
         tables.setdefault(entry['table'], {})[entry['row'], entry['seed']] = entry
     return tables
 
 
-def keep(table, results):
+def record(table, results):
     """Add the finished results of a table to runs.jsonl, without what belongs to one machine, and rewrite its page."""
     tables = recorded()
     for (row, seed), result in results.items():
         if result['status'] == 'finished':
             args = {name: value for name, value in result['args'].items() if name not in PLACE}
             entry = {'table': table, 'row': row, 'seed': seed} | result | {'args': args}
-            tables.setdefault(table, {})[row, seed] = {key: value for key, value in entry.items() if key != 'layers'}
+            del entry['layers']
+            tables.setdefault(table, {})[row, seed] = entry
     lines = [json.dumps(entry) + '\n' for results in tables.values() for entry in results.values()]
     files.write_atomically(RUNS, lambda file: file.write(''.join(lines).encode()))
-    write(table, tables.get(table, {}))
-    write_readmes()
+    write({f'{table}.md': page(table, tables.get(table, {})), 'tables.md': index(tables)})
+
+
+# ------------------------------------------------------------------------------------------------------------------ pages
 
 
 def page(table, results):
     """The text of results/<table>.md."""
-    path = CONFIGS / f'{table}.yaml'
-    return f'# {arguments.load_table(path)["title"]}\n\nMade by `./launch configs/{table} --record`.\n\n{render(path, results)}'
+    title = arguments.load_table(CONFIGS / f'{table}.yaml')['title']
+    made = 'Made by' if results else 'Not run yet; that is done by'
+    text = f'# {title}\n\n{made} `./launch configs/{table} --record`.\n\n'
+    text += render(CONFIGS / f'{table}.yaml', results, published_sizes(table, results))
+    for picture in pictures(table):
+        text += f'\n![{picture.stem}]({picture.name})\n'
+    return text
 
 
-def write(table, results):
-    path = RESULTS / f'{table}.md'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(table, results))
+def pictures(table):
+    """The PNG files that harness/plot.py has drawn for a table."""
+    folder, stem = (RESULTS / table).parent, Path(table).name
+    return [path for name in ('', '-filters', '-layers') if (path := folder / f'{stem}{name}.png').exists()]
 
 
-def render(path, results):
-    """A Markdown table of the rows of a YAML table; rows without a result stay visible."""
+def published_sizes(table, results):
+    """{row: [kB of the published weight files of its recorded runs]}"""
+    sizes = {}
+    for row, seed in results:
+        path = RESULTS / 'weights' / table / f'{row}-s{seed}.pt'
+        if path.exists():
+            sizes.setdefault(row, []).append(path.stat().st_size / 1000)
+    return sizes
+
+
+def index(tables):
+    """The text of results/tables.md: every table of configs/, and what has been recorded of it."""
+    lines = []
+    for name in table_names():
+        table = arguments.load_table(CONFIGS / f'{name}.yaml')
+        wanted = {(row['id'], seed) for row in table['rows'] for seed in row['seeds']}
+        done = len(wanted & tables.get(name, {}).keys())
+        state = 'not run' if not done else f'complete, {done} runs' if done == len(wanted) else f'{done} of {len(wanted)} runs'
+        lines.append([f'[{name}]({name}.md)', table['title'], state])
+    return '# Tables\n\nEach is `./launch configs/TABLE`.\n\n' + markdown(['table', 'what it is', 'recorded'], lines)
+
+
+def table_names():
+    return sorted(name_of(path) for path in CONFIGS.rglob('*.yaml'))
+
+
+def render(path, results, sizes=None):
+    """A Markdown table of the rows of a YAML table; rows without a result stay visible.
+
+    results: {(row, seed): result}. sizes: {row: [kB of its published files]}.
+    """
     table = arguments.load_table(path)
-    head = ['row', 'paper', 'accuracy %', 'seeds', 'zeros', 'of weights', 'sparsity %', 'MMACs non-zero', 'of dense', 'minutes']
-    shrinks = any('small_macs' in result for result in results.values())
-    head += [*SHRUNK, *(TIMES if table['times'] else [])] if shrinks else []
-    files = {run: RESULTS / 'weights' / name_of(path) / '{}-s{}.pt'.format(*run) for run in results}
-    files = {run: file.stat().st_size / 1000 for run, file in files.items() if file.exists()}
-    head += ['kB published'] if files else []
-    lines, origins = [], []
-    for row in table['rows']:
-        mine = {seed: result for (name, seed), result in results.items() if name == row['id']}
-        runs = [result for result in mine.values() if result['status'] == 'finished']
-        failures = [result['reason'] for result in mine.values() if result['status'] != 'finished']
-        cells = figures(runs) if runs else ['failed' if failures else 'not run']
-        cells[0] += f' ({len(failures)} failed)' if runs and failures else ''
-        cells.insert(1, ' '.join(str(seed) for seed, result in sorted(mine.items()) if result['status'] == 'finished'))
-        cells += shrunk(runs)[: len(SHRUNK) + 2 * table['times']] if runs and shrinks else []
-        cells = [row['id'], paper(row), *cells, *[''] * len(head)][: len(head)]
-        if sizes := [size for (name, _), size in files.items() if name == row['id']]:
-            cells[-1] = f'{mean(sizes):,.1f}'
-        lines.append(cells)
-        origins += [f'{run["device"]}, torch {run["torch"]}, commit {run["commit"]}' for run in runs]
-    if not any(published for _, published, *_ in lines):
-        head, *lines = [[first, *rest] for first, _, *rest in [head, *lines]]  # a table of our own
+    rows = [(row, {seed: result for (name, seed), result in results.items() if name == row['id']}) for row in table['rows']]
+    columns = columns_of(table, results, sizes or {})
+    lines = [[cell(row, runs) for cell in columns.values()] for row, runs in rows]
+    origins = []
+    for _, runs in rows:
+        finished = finished_of(runs)
+        origins += [f'{run["device"]}, torch {run["torch"]}, commit {run["commit"]}' for run in finished]
+    text = markdown(list(columns), lines)
+    notes = [f'- {origin}: {origins.count(origin)} of {len(origins)} runs\n' for origin in sorted(set(origins))]
+    return text + ('\n' + ''.join(notes) if notes else '')
+
+
+def markdown(head, lines):
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     rule = ['-' * width for width in widths]
-    aligned = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in [head, rule, *lines]]
-    notes = [f'{origin}: {origins.count(origin)} of {len(origins)} runs' for origin in sorted(set(origins))]
-    return (
-        '\n'.join('| ' + ' | '.join(line) + ' |' for line in aligned) + '\n\n' + '\n'.join(f'- {note}' for note in notes) + '\n'
-    )
+    text = ''
+    for line in [head, rule, *lines]:
+        text += '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + ' |\n'
+    return text
 
 
-def figures(runs):
-    """The cells of a row from its finished runs."""
-    accuracies = [run['accuracy'] for run in runs]
-    spread = f' ± {statistics.stdev(accuracies):.2f}' if len(runs) > 1 else ''
-    zeros, weights, nonzero, dense = (
-        mean(run[key] for run in runs) for key in ('zeros', 'weights', 'macs_nonzero', 'macs_dense')
-    )
-    return [
-        f'{mean(accuracies):.2f}{spread}',
-        f'{zeros:,.0f}',
-        f'{weights:,.0f}',
-        f'{100 * zeros / weights:.3f}',
-        f'{nonzero / 1e6:.3f}',
-        f'{dense / 1e6:.3f}',
-        f'{mean(run["seconds"] for run in runs) / 60:.1f}',
-    ]
+# ---------------------------------------------------------------------------------------------------------------- columns
 
 
-def shrunk(runs):
-    """What is left once the zeros of whole filters are removed: parameters, million MACs, milliseconds with dense in brackets."""
-    if not all('small_macs' in run for run in runs):
-        return [f'{mean(run["parameters"] for run in runs):,.0f}', ''] if runs[0]['gives'] == 'the dense network' else ['', '']
-    cells = [f'{mean(run["small_parameters"] for run in runs):,.0f}', f'{mean(run["small_macs"] for run in runs) / 1e6:.3f}']
-    for batch in (1, 32):
-        small, dense = (mean(run[f'{which}_ms_{batch}'] for run in runs) for which in ('small', 'dense'))
-        cells.append(f'{small:.2f} ({dense:.2f})')
-    return cells
+def columns_of(table, results, sizes):
+    """{head: function of a row and its results {seed: result} -> cell}, those that have something to say in this table."""
+    summary = median_and_range if table['summary'] == 'median' else mean_and_deviation
+    columns = {'row': lambda row, runs: row['id']}
+    if any('paper' in row for row in table['rows']):
+        columns['paper'] = lambda row, runs: paper(row)
+    columns |= {
+        'accuracy %': lambda row, runs: accuracy(runs, summary),
+        'seeds': lambda row, runs: ' '.join(str(seed) for seed, run in sorted(runs.items()) if run['status'] == 'finished'),
+        'zeros': over_runs(lambda run: run['zeros'], '{:,.0f}'),
+        'of weights': over_runs(lambda run: run['weights'], '{:,.0f}'),
+        'sparsity %': over_runs(lambda run: 100 * run['zeros'] / run['weights'], '{:.3f}'),
+        'MMACs non-zero': over_runs(lambda run: run['macs_nonzero'] / 1e6, '{:.3f}'),
+        'of dense': over_runs(lambda run: run['macs_dense'] / 1e6, '{:.3f}'),
+    }
+    for name, head in (('flops_pruned', 'FLOPs pruned % (paper)'), ('params_pruned', 'parameters pruned % (paper)')):
+        if any(name in published(row) for row in table['rows']):
+            columns[head] = beside_paper(name)
+    columns['minutes'] = over_runs(lambda run: run['seconds'] / 60, '{:.1f}')
+    if any('small_macs' in result for result in results.values()):
+        columns['parameters shrunk'] = shrunk_parameters
+        columns['MMACs shrunk'] = over_runs(lambda run: run['small_macs'] / 1e6, '{:.3f}')
+        if table['times']:
+            columns['ms shrunk (dense), 1 image'] = lambda row, runs: milliseconds(runs, 1)
+            columns['32 images'] = lambda row, runs: milliseconds(runs, 32)
+    if sizes:
+        columns['kB published'] = lambda row, runs: f'{mean(sizes[row["id"]]):,.1f}' if row['id'] in sizes else ''
+    return columns
+
+
+def finished_of(runs):
+    return [run for run in runs.values() if run['status'] == 'finished']
+
+
+def over_runs(figure, form):
+    """A column: the mean of figure(run) over the finished runs of a row, empty where a run does not have it."""
+
+    def cell(row, runs):
+        try:
+            values = [figure(run) for run in finished_of(runs)]
+        except KeyError:
+            return ''
+        return form.format(mean(values)) if values else ''
+
+    return cell
+
+
+def accuracy(runs, summary):
+    """The accuracy over the finished runs, and how many have failed; or why there is none."""
+    finished = finished_of(runs)
+    failed = len(runs) - len(finished)
+    if not finished:
+        return 'failed' if failed else 'not run'
+    return summary([run['accuracy'] for run in finished]) + (f' ({failed} failed)' if failed else '')
 
 
 def mean(values):
     return statistics.fmean(values)
 
 
+def mean_and_deviation(values):
+    return f'{mean(values):.2f}' + (f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else '')
+
+
+def median_and_range(values):
+    return f'{statistics.median(values):.2f}' + (f' ({min(values):.2f} to {max(values):.2f})' if len(values) > 1 else '')
+
+
+def shrunk_parameters(row, runs):
+    """Parameters once the zeros of whole filters are removed; of a dense row all that it has."""
+    finished = finished_of(runs)
+    if all('small_parameters' in run for run in finished):
+        return over_runs(lambda run: run['small_parameters'], '{:,.0f}')(row, runs)
+    if finished[0]['gives'] == 'the dense network':
+        return over_runs(lambda run: run['parameters'], '{:,.0f}')(row, runs)
+    return ''
+
+
+def milliseconds(runs, batch):
+    """Of the shrunk network and, in brackets, of the dense one, for a batch."""
+    finished = finished_of(runs)
+    if not finished or not all(f'small_ms_{batch}' in run for run in finished):
+        return ''
+    small = mean(run[f'small_ms_{batch}'] for run in finished)
+    dense = mean(run[f'dense_ms_{batch}'] for run in finished)
+    return f'{small:.2f} ({dense:.2f})'
+
+
+# -------------------------------------------------------------------------------------------------------- published figures
+
+
+def published(row):
+    """The published figures of a row, `paper: 76.03` or `paper: {accuracy: 76.03, mflops: 764}`, as a dict."""
+    figures = row.get('paper', {})
+    figures = figures if isinstance(figures, dict) else {'accuracy': figures}
+    return {name.replace('-', '_'): value for name, value in figures.items()}
+
+
 def paper(row):
-    """The published figures of a row: `paper: 76.03` or `paper: {accuracy: 76.03, mflops: 764}`."""
-    published = row.get('paper', '')
-    return ', '.join(f'{key} {value}' for key, value in published.items()) if isinstance(published, dict) else str(published)
+    """The published figures of a row in words, but those that have a column of their own."""
+    figures = {name: value for name, value in published(row).items() if name not in ('flops_pruned', 'params_pruned')}
+    if list(figures) == ['accuracy']:
+        return str(figures['accuracy'])
+    return ', '.join(f'{name} {value}' for name, value in figures.items())
+
+
+def beside_paper(name):
+    """A column: percent of FLOPs or parameters that are pruned, ours and in brackets the paper's.
+
+    DSP counts both over the convolutions that it groups, and its result says so; elsewhere both are those of the whole network
+    without its dead filters.
+    """
+    counted, small, dense = {
+        'flops_pruned': ('flops_pruned', 'small_macs', 'dense_macs'),
+        'params_pruned': ('weights_pruned', 'small_parameters', 'dense_parameters'),
+    }[name]
+
+    def share(run):
+        return run[counted] if counted in run else 1 - run[small] / run[dense]
+
+    ours = over_runs(lambda run: 100 * share(run), '{:.2f}')
+
+    def cell(row, runs):
+        theirs = published(row).get(name)
+        text = ours(row, runs)
+        return f'{text} ({theirs})'.strip() if theirs is not None else text
+
+    return cell
+
+
+# ------------------------------------------------------------------------------------------------------------------ files
 
 
 def readme(path):
-    """The text of a README with what it repeats from results/ as it stands there now, without the titles."""
+    """The text of a README with what it repeats from results/ as it stands there now, without titles and pictures."""
 
     def included(match):
         _, _, text = (RESULTS / match[1]).read_text().partition('\n\n')
-        return f'<!-- results/{match[1]} -->\n{text[text.index("|") if "|" in text else 0 :].strip()}\n<!-- end -->'
+        text = text[text.index('|') if '|' in text else 0 :]
+        text = re.sub(r'\n!\[.*?\]\(.*?\)\n', '', text)
+        if match[1] == 'tables.md':  # whose links begin in results/
+            text = re.sub(r'\]\((?=[\w/]+\.md\))', '](results/', text) if path.parent == ROOT else text
+        return f'<!-- results/{match[1]} -->\n{text.strip()}\n<!-- end -->'
 
     return re.sub(r'<!-- results/(\S+) -->\n.*?<!-- end -->', included, path.read_text(), flags=re.DOTALL)
 
 
-def write_readmes():
+def write(pages):
+    """Write {name below results/: text}, and then the READMEs, which repeat some of them."""
+    for name, text in pages.items():
+        path = RESULTS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     for path in READMES:
         path.write_text(readme(path))
 
@@ -169,15 +306,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing; fail where a page is stale')
     check = parser.parse_args().check
-    tables = {name: results for name, results in recorded().items() if (CONFIGS / f'{name}.yaml').exists()}
-    pages = {RESULTS / f'{name}.md': page(name, results) for name, results in tables.items()}
-    if check:
-        stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text() != text]
-        stale += [str(path) for path in READMES if path.read_text() != readme(path)]
-        sys.exit(f'not what the recorded runs say: {", ".join(stale)}; python -m harness.table rewrites them' if stale else 0)
-    for name, results in tables.items():
-        write(name, results)
-    write_readmes()
+    results = recorded()
+    pages = {f'{name}.md': page(name, results.get(name, {})) for name in table_names()}
+    pages['tables.md'] = index(results)
+    if not check:
+        write(pages)
+        return
+    stale = [name for name, text in pages.items() if not (RESULTS / name).exists() or (RESULTS / name).read_text() != text]
+    stale += [str(path) for path in READMES if path.read_text() != readme(path)]
+    if stale:
+        sys.exit(f'not what the recorded runs say: {", ".join(stale)}; python -m harness.table rewrites them')
 
 
 if __name__ == '__main__':

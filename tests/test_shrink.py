@@ -13,6 +13,7 @@ from helpers import run_main
 from torch import nn
 
 import archs
+import main as program
 from deploy import formats, latency, network_file, outputs
 from deploy import shrinking as module
 from deploy.latency import measure_latency
@@ -711,7 +712,7 @@ def assert_same_program(model, program, x):
 def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     folder, model = run
     monkeypatch.setattr(latency, 'measure_latency', functools.partial(measure_latency, seconds=0))
-    shrunk.main([f'--shrink={folder}', '--round-to', '4', '--threads=1'])
+    program.main([f'--shrink={folder}', '--round-to', '4', '--threads=1'])
     small = network_file.load(folder / 'small')
     plain = shrink(model, images(1, 1, 8, 8))
     odd = [[layer for layer in filters(net).values() if len(layer.weight) % 4] for net in (small, plain)]
@@ -724,7 +725,7 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
         (['--shrink', str(folder), '--lr=1'], 2, 'unrecognized arguments: --lr=1'),
     ):
         with pytest.raises(SystemExit) as ended:
-            shrunk.main(words)
+            program.main(words)
         assert ended.value.code == status or str(ended.value.code).startswith(str(status))
         assert message is None or message in capsys.readouterr().err
 
