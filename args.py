@@ -207,7 +207,8 @@ def fill_in_data(parser, args):
         if getattr(args, knob) is None:
             setattr(args, knob, data.DATASETS[args.dataset][knob])
     channels = data.DATASETS[args.dataset]['in_channels']
-    args.mean, args.std = list(args.mean), list(args.std)
+    args.mean = list(args.mean)
+    args.std = list(args.std)
     if len(args.mean) != channels or len(args.std) != channels:
         parser.error(f'--mean and --std take one value for each of the {channels} channels of {args.dataset}')
     if min(args.std) <= 0:
@@ -226,7 +227,8 @@ def command_of(argv):
 def parse_command(command, argv):
     """`--publish RUN`, `--evaluate FILE` or `--shrink RUN` with their few flags -> Namespace with `command`."""
     parser = Parser(prog='main.py', description=COMMANDS[command], allow_abbrev=False)
-    add, shown = parser.add_argument, ' (default: %(default)s)'
+    add = parser.add_argument
+    shown = ' (default: %(default)s)'
     add(f'--{command}', required=True, metavar='FILE' if command == 'evaluate' else 'RUN')
     if command == 'publish':
         add('--to', metavar='FILE', help='where to (default: results/weights/<table>/<row>-s<seed>.pt, or RUN/published.pt)')
@@ -260,11 +262,13 @@ def resumed(parser, argv):
         parser.error(f'--resume takes its arguments from {folder}/args.json; leave out {", ".join(sorted(given - flags))}')
     with contextlib.suppress(ValueError):
         methods.load(args.method).add_args(parser)  # --chain is one of a method's own
-    args.command, now = None, parser.parse_args(argv)
+    args.command = None
+    now = parser.parse_args(argv)
     for name in PLACE:
         if '--' + name.replace('_', '-') in given:
             setattr(args, name, getattr(now, name))
-    args.out, args.resume = str(folder), str(folder)
+    args.out = str(folder)
+    args.resume = str(folder)
     return args
 
 

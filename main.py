@@ -86,8 +86,14 @@ class Job:
     """What method.run(job) has: args, model, device, folder, the loaders train, val (or None) and test, fit, evaluate."""
 
     def __init__(self, args, model, data, device, folder):
-        self.args, self.model, self.device, self.folder = args, model, device, folder
-        self.data, self.train, self.val, self.test = data, data.train, data.val, data.test
+        self.args = args
+        self.model = model
+        self.device = device
+        self.folder = folder
+        self.data = data
+        self.train = data.train
+        self.val = data.val
+        self.test = data.test
         self.done = {'epochs': 0, 'seconds': 0.0, 'best': 0.0}  # over all stages
         self.writer = None
 
@@ -150,7 +156,8 @@ class Job:
         return processes.total(total).item() / seen, seen
 
     def diverged(self, place, optimizer):
-        kept, lr = self.done['epochs'], optimizer.param_groups[0]['lr']
+        kept = self.done['epochs']
+        lr = optimizer.param_groups[0]['lr']
         rest = f'the checkpoint of {kept} epochs in {self.folder} is from before' if kept else 'there is no checkpoint yet'
         raise run_folder.RunError(f'the loss is not finite in {place}, at a learning rate of {lr:g}; {rest}: try a lower --lr')
 

@@ -26,7 +26,8 @@ def separable(in_channels, channels, stride):
 
 
 def mobilenet_v1(num_classes, in_channels=3):
-    blocks, channels = [], 32
+    blocks = []
+    channels = 32
     for out_channels, stride in BLOCKS:
         blocks.append(separable(channels, out_channels, stride))
         channels = out_channels

@@ -90,7 +90,8 @@ def decode(code):
 
 def pack_sparse(state, about):
     """State dict and JSON-able dict -> what the file holds."""
-    layout, parts = [], {'sparse': [], 'dense': [], 'counts': []}
+    layout = []
+    parts = {'sparse': [], 'dense': [], 'counts': []}
     for name, tensor in state.items():
         if tensor.dtype not in (torch.float32, torch.int64):
             raise ValueError(f'{name} is {tensor.dtype}; only float32 weights and int64 counters can be published')
@@ -130,10 +131,12 @@ def unpack_sparse(content):
     flat['sparse'][positions] = content['values']
     if any(len(flat[kind]) != size for kind, size in sizes.items()):
         raise ValueError('shapes and values differ in number')
-    state, start = {}, dict.fromkeys(sizes, 0)
+    state = {}
+    start = dict.fromkeys(sizes, 0)
     for name, shape, kind in about.pop('tensors'):
         part = flat[kind][start[kind] : start[kind] + math.prod(shape)]
-        state[name], start[kind] = part.reshape(shape).clone(), start[kind] + math.prod(shape)
+        state[name] = part.reshape(shape).clone()
+        start[kind] = start[kind] + math.prod(shape)
     return state, about
 
 

@@ -114,7 +114,8 @@ def trace(model):
 
 def read_in_place(graph, model):
     """Let what is read after an operation in place be its result, as it is in the model: y.add_(x) as a statement changes y."""
-    place, modules = {node: i for i, node in enumerate(graph.nodes)}, dict(model.named_modules())
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    modules = dict(model.named_modules())
     for node in graph.nodes:
         name = str(getattr(node.target, '__name__', node.target))
         written = node.op in ('call_function', 'call_method') and (name.endswith('_') or name in ('iadd', 'isub', 'imul'))
@@ -199,7 +200,10 @@ def _format(description):
 
 def describe(network, graph):
     """(description, {name: tensor}) of a network on the CPU and its graph: plain values, and all tensors it computes with."""
-    layers, tensors, shared, operations = {}, {}, {}, []
+    layers = {}
+    tensors = {}
+    shared = {}
+    operations = []
     for node in graph.nodes:
         if node.op == 'call_module' and node.target not in layers:
             layer = network.get_submodule(node.target)
@@ -303,7 +307,8 @@ def _add(root, name, value):
 
 def _build_layer(row):
     """A layer without values: its class and arguments must be in the table, so nothing else can be constructed."""
-    name, arguments = row['class'], row['arguments']
+    name = row['class']
+    arguments = row['arguments']
     if name not in LAYERS:
         raise ValueError(f'unknown layer {name!r}: a description may name {", ".join(LAYERS)}')
     if not set(arguments) <= set(LAYERS[name]):
@@ -315,11 +320,13 @@ def _build_layer(row):
 
 def _build_graph(rows, layers, description):
     """The fx.Graph of the operations. Every name in it is checked or made here: fx writes Python source from a graph."""
-    graph, nodes = fx.Graph(), {}
+    graph = fx.Graph()
+    nodes = {}
     names = layers | {row['name'] for row in description['tensors']}
     for row in rows:
         check_operation(row)
-        op, target = row['op'], row['target']
+        op = row['op']
+        target = row['target']
         if op in ('call_module', 'get_attr') and (target not in names or (op == 'call_module') != (target in layers)):
             raise ValueError(f'operation {row["name"]!r} refers to {target!r}, which is not described')
         args = tuple(_decode(value, nodes) for value in row['args'])

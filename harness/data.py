@@ -153,8 +153,13 @@ class Batches:
         seed=0,
         channels_last=False,
     ):
-        self.num_images, self.batch_size, self.device = len(images), batch_size, torch.device(device)
-        self.train, self.drop_last, self.seed, self.epoch = train, drop_last and train, seed, 0
+        self.num_images = len(images)
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.train = train
+        self.drop_last = drop_last and train
+        self.seed = seed
+        self.epoch = 0
         self.pad, self.flip = (pad, flip) if train else (0, False)
         self.normalise = normaliser(mean, std, device, channels_last)
         self.labels = labels.to(device)
@@ -405,7 +410,10 @@ class Images(torch.utils.data.Dataset):
     """
 
     def __init__(self, samples, transform, seed):
-        self.samples, self.transform, self.seed, self.epoch = samples, transform, seed, 0
+        self.samples = samples
+        self.transform = transform
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self):
         return len(self.samples)
@@ -425,8 +433,13 @@ class FolderBatches:
     """`Images` through a DataLoader, used as `Batches` is: yields normalised batches on the device."""
 
     def __init__(self, images, args, device, train):
-        self.images, self.num_images, self.device, self.train = images, len(images), torch.device(device), train
-        self.batch_size, self.workers, self.drop_last = args.batch_size, args.workers, train and args.drop_last
+        self.images = images
+        self.num_images = len(images)
+        self.device = torch.device(device)
+        self.train = train
+        self.batch_size = args.batch_size
+        self.workers = args.workers
+        self.drop_last = train and args.drop_last
         self.normalise = normaliser(args.mean, args.std, device, args.channels_last)
 
     def __len__(self):

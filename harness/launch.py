@@ -189,13 +189,15 @@ def state_of(out, wanted):
 
 def print_list(path, runs):
     print(f'{path}: {len(runs)} runs')
+    if not runs:
+        return
     lines = []
     for run in runs:
         minutes = f'{run.row["minutes"]:g} min' if 'minutes' in run.row else 'time not known'
         figures = ', '.join(f'{name} {value}' for name, value in tables.published(run.row).items())
         published_as = f'published: {figures}' if figures else ''
         lines.append([run.row['id'], f'seed {run.seed}', minutes, state_of(run.out, run.args), published_as])
-    widths = [max(len(line[i]) for line in lines) for i in range(5)] if lines else []
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
     for line in lines:
         print('  ' + '  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
@@ -235,7 +237,8 @@ def turns_of(runs):
 
     A run waits for the one whose weights it starts from, and for those that share its --chain of rounds.
     """
-    turns, seen = [], []
+    turns = []
+    seen = []
     for run in runs:
         source, chain = (str(run.args.get(name) or '').replace('{seed}', str(run.seed)) for name in ('from', 'chain'))
         source = Path(source.removesuffix('/model.pt')).name

@@ -52,7 +52,8 @@ def points(table, results, filters):
 
     filters: only those that prune whole filters, or only the others; the dense rows in both.
     """
-    series, macs = {}, 'small_macs' if filters else 'macs_nonzero'
+    series = {}
+    macs = 'small_macs' if filters else 'macs_nonzero'
     for row in table['rows']:
         runs = [result for (name, _), result in results.items() if name == row['id'] and result['status'] == 'finished']
         if runs and (runs[0]['zeros'] == 0 or filters == ('small_macs' in runs[0])):

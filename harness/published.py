@@ -83,7 +83,9 @@ def check(path, loader=None, device=None):
 def test_images(args, about, device):
     """The test set that a published file was evaluated on, with the run's normalisation."""
     settings = Namespace(**about['args'])
-    settings.data_dir, settings.no_download, settings.workers = args.data_dir, args.no_download, args.workers
+    settings.data_dir = args.data_dir
+    settings.no_download = args.no_download
+    settings.workers = args.workers
     return data.load(settings, device).test
 
 
@@ -133,8 +135,12 @@ def verify(argv=None):
     parser.add_argument('--data-dir', help='also count the accuracies, on the datasets in this folder')
     parser.add_argument('--weights', type=Path, default=WEIGHTS, help='the folder of the files (default: %(default)s)')
     args = parser.parse_args(argv)
-    args.no_download, args.workers, device = True, 0, torch.device('cpu')
-    files, loaders, wrong = sorted(args.weights.rglob('*.pt')), {}, 0
+    args.no_download = True
+    args.workers = 0
+    device = torch.device('cpu')
+    files = sorted(args.weights.rglob('*.pt'))
+    loaders = {}
+    wrong = 0
     recorded = tables.recorded()
     for path in files:
         try:
@@ -152,7 +158,8 @@ def verify(argv=None):
             faults = [f'{claim}: file {said}, found {found}' for claim, (said, found) in claims.items() if said != found]
             seen = f'{about["zeros"]:,} zeros' + ('' if loader is None else f', {about["accuracy"]:.2f} %')
         except (FileError, data.DataError) as error:
-            faults, seen = [str(error)], ''
+            faults = [str(error)]
+            seen = ''
         wrong += bool(faults)
         say(f'{path.relative_to(args.weights)}: {"WRONG: " + "; ".join(faults) if faults else seen + " as it says"}')
     say(f'{len(files)} files, {wrong} wrong' + ('' if args.data_dir else '; accuracies not counted, no --data-dir given'))

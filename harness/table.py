@@ -85,7 +85,8 @@ def page(table, results):
 
 def pictures(table):
     """The PNG files that harness/plot.py has drawn for a table."""
-    folder, stem = (RESULTS / table).parent, Path(table).name
+    folder = (RESULTS / table).parent
+    stem = Path(table).name
     return [path for name in ('', '-filters', '-layers') if (path := folder / f'{stem}{name}.png').exists()]
 
 
