@@ -1,8 +1,12 @@
 """The network of a finished run, as main.py built it."""
 
 from argparse import Namespace
+from pathlib import Path
+
+import torch
 
 import archs
+from deploy.files import read_json, read_tensors
 
 from . import data
 
@@ -16,3 +20,18 @@ def network_of(args, result):
     facts = data.DATASETS[args['dataset']]
     classes, channels, size = (result.get(name, facts[name]) for name in ('num_classes', 'in_channels', 'image_size'))
     return archs.from_args(Namespace(**args), classes, channels, size), (channels, size, size)
+
+
+def rebuild_run(folder):
+    """(model in eval mode on the CPU, one example of random pixels) of a run folder, as main.py builds it."""
+    folder = Path(folder)
+    args = read_json(folder / 'args.json')
+    if not isinstance(args, dict) or not (folder / 'model.pt').is_file():
+        raise ValueError(f'{folder} is not the folder of a finished run: it needs args.json and model.pt')
+    model, shape = network_of(args, read_json(folder / 'result.json') or {})
+    try:
+        model.load_state_dict(read_tensors(folder / 'model.pt'))
+    except RuntimeError as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{folder}/model.pt is no {args["model"]}, so it has another shape already: {reason}') from None
+    return model.eval(), torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))

@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-import torch
-
 from deploy import formats
-from deploy.files import read_json, read_tensors
 from deploy.latency import gains
 from deploy.network_file import save
 from deploy.shrinking import shrink
 from pruners.processes import say
 
-from .rebuild import network_of
+from .rebuild import rebuild_run
 
 
 def shrink_run(folder, round_to=1, pt2=False, onnx=False, torchscript=False, threads=2):
@@ -39,21 +36,6 @@ def shrink_run(folder, round_to=1, pt2=False, onnx=False, torchscript=False, thr
         say('nothing could be removed: no filter and no channel of this network is zero as a whole')
     say(f'saved in {", ".join(map(str, paths))}')
     return result
-
-
-def rebuild_run(folder):
-    """(model in eval mode on the CPU, one example of random pixels) of a run folder, as main.py builds it."""
-    folder = Path(folder)
-    args = read_json(folder / 'args.json')
-    if not isinstance(args, dict) or not (folder / 'model.pt').is_file():
-        raise ValueError(f'{folder} is not the folder of a finished run: it needs args.json and model.pt')
-    model, shape = network_of(args, read_json(folder / 'result.json') or {})
-    try:
-        model.load_state_dict(read_tensors(folder / 'model.pt'))
-    except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f'{folder}/model.pt is no {args["model"]}, so it has another shape already: {reason}') from None
-    return model.eval(), torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def report(result, say=print):

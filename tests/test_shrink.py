@@ -18,7 +18,7 @@ from deploy import formats, latency, network_file, outputs
 from deploy import shrinking as module
 from deploy.latency import measure_latency
 from deploy.shrinking import dependency_groups, rebuild_optimizer, shrink, take
-from harness import shrunk
+from harness.rebuild import rebuild_run
 from harness.shrunk import shrink_run
 from pruners.selection import agree
 from sparse_utils import count_macs
@@ -682,7 +682,7 @@ def run(tmp_path_factory):
     """A finished run whose network then lost filters, as if a filter method had pruned it."""
     folder = tmp_path_factory.mktemp('run') / 'run'
     run_main(folder, '--method=dense', '--epochs=1', '--width=8')
-    model, example = shrunk.rebuild_run(folder)
+    model, example = rebuild_run(folder)
     masked(model, dependency_groups(model, example))
     torch.save(model.state_dict(), folder / 'model.pt')
     return folder, model
