@@ -6,11 +6,14 @@ import torch
 from torch import nn
 
 from pruners import processes
+from pruners.compressor import ActivationPruner
 from pruners.processes import say
 
 from ._algorithms import ALGORITHMS, algorithm
 from ._flags import count, fraction, nonnegative, positive
 from ._one_shot import OneShot, add_dependency_flag
+
+STATISTICS_BATCHES = 10  # for the criteria that watch training
 
 
 def add_annealing_flags(add):
@@ -38,6 +41,14 @@ def add_base_flag(parser, does):
     """does: what the criterion of base_algo does in this method."""
     help = f'the criterion that {does} (default: %(default)s)'
     parser.add_argument('--base-algo', choices=list(ALGORITHMS), default='l1', help=help)
+
+
+def refuse_to_watch_compiled(args, flag):
+    """Raises ValueError where --compile would hide the activations that the criterion of a flag watches."""
+    name = vars(args)[flag]
+    if args.compile and issubclass(algorithm(name), ActivationPruner):
+        flag = flag.replace('_', '-')
+        raise ValueError(f'--{flag} {name} watches the layers in training, which --compile does not let it')
 
 
 class Searching(OneShot):
@@ -87,19 +98,19 @@ class Searching(OneShot):
         return {} if found is None else {f'search_{key}': found[key] for key in ('sparsity', 'performance', 'met')}
 
 
-STATISTICS_BATCHES = 10
-
-
 @torch.no_grad()
 def recalibrate(model, batches, number):
     """Set the statistics of batch norms to the means over the first `number` training batches, seen in eval mode otherwise."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta, _ = [norm.momentum for norm in norms], batches.set_epoch(0)
     model.eval()
-    for norm in norms if number else ():
+    if number == 0:
+        return
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean
         norm.train()
+    batches.set_epoch(0)
     for images, _ in itertools.islice(batches, number):
         model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -111,15 +122,13 @@ def recalibrate(model, batches, number):
 def train(model, batches, steps, optimizer=None):
     """`steps` training steps, as many epochs as that takes; without an optimizer, forward and backward passes only."""
     model.train()
-    for _ in range(-(-steps // len(batches))):
-        for images, labels in batches:
-            if steps == 0:
-                break
-            steps -= 1
+    while steps > 0:
+        for images, labels in itertools.islice(batches, steps):
             model.zero_grad()
             torch.nn.functional.cross_entropy(model(images), labels).backward()
             processes.average([p.grad for p in model.parameters() if p.grad is not None])
             if optimizer is not None:
                 optimizer.step()
+        steps -= len(batches)
     model.zero_grad()
     processes.same_buffers(model)

@@ -23,113 +23,122 @@ from torch import nn
 from tqdm import tqdm
 
 from pruners import processes
-from pruners.compressor import ActivationPruner, StatisticsPruner
+from pruners.compressor import StatisticsPruner
 from pruners.processes import say
-from pruners.search import FOREVER
+from pruners.search import AroundPruner, base_pruner, watched_importance
 from pruners.selection import agree, over
 
+from . import Method as Base
 from ._algorithms import algorithm
 from ._flags import nonnegative, positive
 from ._one_shot import OneShot, add_dependency_flag
-from ._search import add_base_flag
+from ._search import add_base_flag, refuse_to_watch_compiled
 
 ADAM = {'lr': 1e-3, 'weight_decay': 5e-5}
 
 
 class Splitting:
-    """W, Z and U for the layers of a one-shot pruner, whose criterion and shares say what Z may be.
+    """W, Z and U for the layers of a one-shot pruner, `base`, whose criterion and shares say what Z may be.
 
-    groups: lists of layers whose filters go together. distances: ||W - Z|| after each update().
+    Whoever trains W calls penalize() in each step and end_epoch() after each epoch. distances: ||W - Z|| after each turn.
     """
 
-    def __init__(self, base, row=1e-4, groups=()):
-        base.decide_together(groups if base.FILTERS else [])
-        self.base, self.row, self.groups = base, row, base.groups
+    def __init__(self, base, row=1e-4, training_epochs=1):
+        self.base = base
+        self.row = row
+        self.training_epochs = training_epochs
         self.W = {name: layer.weight for name, layer in base.layers.items()}
         self.Z = {name: weight.detach().clone() for name, weight in self.W.items()}
         self.U = {name: torch.zeros_like(weight) for name, weight in self.Z.items()}
-        self.distances, self.calls = [], 0
+        self.distances = []
+        self.penalties = 0  # calls of penalize()
+
+    def solve(self, train):
+        """All turns; then the criterion prunes W. train: function of this that trains W for all epochs of all turns."""
         self.watch()
-
-    def watch(self):
-        if isinstance(self.base, StatisticsPruner):
-            self.base.statistics_batch_num = FOREVER
-            self.base.watch()
-
-    @torch.no_grad()
-    def penalize(self, *_):
-        """W -= row (W - Z + U): the trainer's callback, between backward() and the optimizer's step."""
-        self.calls += 1
-        W, Z, U = (list(tensors.values()) for tensors in (self.W, self.Z, self.U))
-        torch._foreach_add_(W, torch._foreach_add(torch._foreach_sub(W, Z), U), alpha=-self.row)
-
-    @torch.no_grad()
-    def choose(self, tensors):
-        """{layer: weights} -> {layer: bool tensor} of what the criterion keeps of them."""
-        scores = self.base.scores(tensors) if not isinstance(self.base, StatisticsPruner) else self.base.importance()
-        if scores is None:
-            raise ValueError(f'{type(self.base).__name__} judges by training batches, and the trainer has run none')
-        if isinstance(self.base, StatisticsPruner):
-            processes.average(list(scores.values()))
-        return agree(self.base.choose(agree(scores, self.groups)), self.groups)
-
-    @torch.no_grad()
-    def update(self):
-        """End a turn: Z = projection of W + U, U += W - Z."""
-        wanted = {name: self.W[name] + self.U[name] for name in self.W}
-        keep, total = self.choose(wanted), 0.0
-        for name, weight in self.W.items():
-            self.Z[name] = wanted[name] * over(keep[name], weight)
-            self.U[name] += weight - self.Z[name]
-            total += (weight - self.Z[name]).double().square().sum().item()
-        self.distances.append(total**0.5)
-        self.watch()
-
-    def prune(self):
-        """Mask the weights as they are now by the criterion, and end."""
-        keep = self.choose({name: weight.detach() for name, weight in self.W.items()})
+        train(self)
+        keep = self.project(self.W)
         if isinstance(self.base, StatisticsPruner):
             self.base.unwatch()
         self.base.set_masks(keep)
-        self.base.pending = False
         self.base.apply()
+
+    @torch.no_grad()
+    def penalize(self, *_):
+        """Subproblem 1, the part of the penalty in a step: W -= row (W - Z + U), for all layers at once."""
+        W = list(self.W.values())
+        difference = torch._foreach_sub(W, list(self.Z.values()))
+        torch._foreach_add_(difference, list(self.U.values()))
+        torch._foreach_add_(W, difference, alpha=-self.row)
+        self.penalties += 1
+
+    def end_epoch(self, epoch):
+        """Count an epoch (from 0) of subproblem 1: every training_epochs of them end a turn."""
+        if (epoch + 1) % self.training_epochs == 0:
+            self.update()
+
+    @torch.no_grad()
+    def update(self):
+        """Subproblem 2, Z = the projection of W + U; then U += W - Z."""
+        sums = {name: weight + self.U[name] for name, weight in self.W.items()}
+        keep = self.project(sums)
+        squares = 0.0
+        for name, weight in self.W.items():
+            self.Z[name] = sums[name] * over(keep[name], weight)
+            self.U[name] += weight - self.Z[name]
+            squares += (weight - self.Z[name]).double().square().sum().item()
+        self.distances.append(squares**0.5)
+        self.watch()
+
+    @torch.no_grad()
+    def project(self, tensors):
+        """{layer: weights} -> {layer: bool tensor} of what the criterion keeps of them."""
+        if isinstance(self.base, StatisticsPruner):
+            scores = watched_importance(self.base)
+        else:
+            scores = self.base.scores({name: tensor.detach() for name, tensor in tensors.items()})
+        return agree(self.base.choose(agree(scores, self.base.groups)), self.base.groups)
+
+    def watch(self):
+        """Let a criterion that judges by training batches see those of the turn that begins."""
+        if isinstance(self.base, StatisticsPruner):
+            self.base.watch()
 
     def state_dict(self):
         state = {'Z': self.Z, 'U': self.U, 'distances': self.distances}
         if isinstance(self.base, StatisticsPruner):
-            state |= {'sums': self.base.sums, 'counts': self.base.counts, 'old': sorted(self.base.old)}
+            state |= self.base.watched()
         return state
 
     def load_state_dict(self, state):
-        for mine, other in ((self.Z, state['Z']), (self.U, state['U'])):
-            for name, tensor in mine.items():
-                mine[name] = other[name].to(tensor)
+        self.Z = {name: state['Z'][name].to(tensor) for name, tensor in self.Z.items()}
+        self.U = {name: state['U'][name].to(tensor) for name, tensor in self.U.items()}
         self.distances = list(state['distances'])
-        if 'sums' in state:
-            self.base.sums, self.base.counts, self.base.old = dict(state['sums']), dict(state['counts']), set(state['old'])
+        if isinstance(self.base, StatisticsPruner):
+            self.base.load_watched(state)
 
 
-def optimize(splitting, trainer, num_iterations, training_epochs, optimizer=None, criterion=None):
-    """Run the turns with a trainer(model, optimizer=, criterion=, epoch=, callback=) on splitting.base.model.
+def train_with(trainer, splitting, num_iterations, optimizer=None, criterion=None):
+    """All epochs of all turns, with a trainer(model, optimizer=, criterion=, epoch=, callback=).
 
     A trainer without `callback` is helped by a hook on the optimizer. Raises ValueError for one that takes it, trains, and does
     not call it.
     """
-    model = splitting.base.model
-    optimizer = optimizer or torch.optim.Adam(model.parameters(), **ADAM)
-    criterion = criterion or nn.CrossEntropyLoss()
-    further, steps = {'callback': splitting.penalize}, []
+    optimizer = optimizer or torch.optim.Adam(splitting.base.model.parameters(), **ADAM)
+    arguments = {'optimizer': optimizer, 'criterion': criterion or nn.CrossEntropyLoss()}
+    steps = []
     handles = [optimizer.register_step_post_hook(lambda *_: steps.append(1))]
-    if not takes_callback(trainer):
-        further = {}
+    if takes_callback(trainer):
+        arguments['callback'] = splitting.penalize
+    else:
         handles.append(optimizer.register_step_pre_hook(splitting.penalize))
+    epochs = range(num_iterations * splitting.training_epochs)
     try:
-        for _ in tqdm(range(num_iterations), 'ADMM', leave=False, disable=True if processes.rank() else None):
-            for epoch in range(training_epochs):
-                trainer(model, optimizer=optimizer, criterion=criterion, epoch=epoch, **further)
-                if steps and not splitting.calls:
-                    raise ValueError('the trainer does not call callback() between loss.backward() and optimizer.step()')
-            splitting.update()
+        for epoch in tqdm(epochs, 'ADMM', leave=False, disable=True if processes.rank() else None):
+            trainer(splitting.base.model, epoch=epoch % splitting.training_epochs, **arguments)
+            if steps and splitting.penalties == 0:
+                raise ValueError('the trainer does not call callback() between loss.backward() and optimizer.step()')
+            splitting.end_epoch(epoch)
     finally:
         for handle in handles:
             handle.remove()
@@ -143,7 +152,12 @@ def takes_callback(trainer):
     return any(parameter.name == 'callback' or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def either(name, value, default, other, given):
+def check_trainer(trainer):
+    if not callable(trainer):
+        raise ValueError(f'trainer must be a function of model, optimizer, criterion, epoch and callback, got {trainer!r}')
+
+
+def one_of_two_names(name, value, default, other, given):
     """The value of an argument that has a second name. Raises ValueError where both are given and differ."""
     if given is None:
         return value
@@ -152,7 +166,7 @@ def either(name, value, default, other, given):
     return given
 
 
-class ADMMPruner:
+class ADMMPruner(AroundPruner):
     """ADMMPruner(model, config_list, trainer, num_iterations=30, training_epochs=5, row=1e-4, base_algo='l1').
 
     Config keys sparsity (may differ from layer to layer), op_types, op_names, exclude, as the class of base_algo takes them.
@@ -181,29 +195,27 @@ class ADMMPruner:
         criterion=None,
         groups=(),
     ):
-        if not callable(trainer):
-            raise ValueError(f'trainer must be a function of model, optimizer, criterion, epoch and callback, got {trainer!r}')
-        self.num_iterations = either('num_iterations', num_iterations, 30, 'iterations', iterations)
-        training_epochs = either('training_epochs', training_epochs, 5, 'epochs', epochs)
-        self.training_epochs = either('training_epochs', training_epochs, 5, 'epochs_per_iteration', epochs_per_iteration)
-        self.row = either('row', row, 1e-4, 'rho', rho)
+        check_trainer(trainer)
+        self.num_iterations = one_of_two_names('num_iterations', num_iterations, 30, 'iterations', iterations)
+        training_epochs = one_of_two_names('training_epochs', training_epochs, 5, 'epochs', epochs)
+        self.training_epochs = one_of_two_names(
+            'training_epochs', training_epochs, 5, 'epochs_per_iteration', epochs_per_iteration
+        )
+        self.row = one_of_two_names('row', row, 1e-4, 'rho', rho)
         if self.num_iterations < 1 or self.training_epochs < 1 or not 0 < self.row < float('inf'):
             raise ValueError('num_iterations and training_epochs must be 1 or more, and row above 0')
-        self.base = algorithm(base_algo)(model, config_list)
-        self.trainer, self.adam, self.criterion, self.groups = trainer, optimizer, criterion, groups
+        self.base = base_pruner(algorithm(base_algo), model, config_list, groups, by_layer=False)
+        self.trainer = trainer
+        self.optimizer_and_criterion = (optimizer, criterion)
         self.distances = []
-
-    def __getattr__(self, name):
-        if name == 'base':  # not there yet, or in a copy
-            raise AttributeError(name)
-        return getattr(self.base, name)
 
     def compress(self):
         """Run all iterations on the model, prune it, and let the masks hold; returns the model."""
-        splitting = Splitting(self.base, self.row, self.groups)
+        splitting = Splitting(self.base, self.row, self.training_epochs)
         self.distances = splitting.distances
-        optimize(splitting, self.trainer, self.num_iterations, self.training_epochs, self.adam, self.criterion)
-        splitting.prune()
+        splitting.solve(
+            lambda splitting: train_with(self.trainer, splitting, self.num_iterations, *self.optimizer_and_criterion)
+        )
         self.base.hook()
         return self.base.model
 
@@ -211,49 +223,34 @@ class ADMMPruner:
 # ------------------------------------------------------------------------------------------------------ the command line
 
 
-class Penalized(OneShot):
-    """Methods with a stage of training in which W is drawn to Z."""
+class Turns(Base):
+    """A stage of the shared loop in which W is drawn to Z."""
 
-    splitting = None
-
-    def __init__(self, args):
+    def __init__(self, args, splitting):
         super().__init__(args)
-        if args.compile and issubclass(self.criterion(args), ActivationPruner):
-            raise ValueError(f'--base-algo {args.base_algo} watches the layers in training, which --compile does not let it')
-
-    def criterion(self, args):
-        return algorithm(args.base_algo)
-
-    def split(self, job, stage, base, groups):
-        """The stage: --admm-iterations turns of --admm-epochs epochs; then the masks are made."""
-        args = self.args
-        self.splitting = Splitting(base, args.rho, groups)
-        changes = {'epochs': args.admm_iterations * args.admm_epochs, 'optimizer': 'adam', 'lr': args.admm_lr, 'wd': 5e-5}
-        changes |= {'lr_schedule': 'constant', 'warmup_epochs': 0.0}
-        job.fit(self, stage, **changes)
-        self.splitting.prune()
-        self.splitting = None
+        self.splitting = splitting
 
     def after_backward(self, step, batch):
-        super().after_backward(step, batch)
-        if self.splitting is not None:
-            self.splitting.penalize()
+        self.splitting.penalize()
 
     def after_epoch(self, epoch):
-        if self.splitting is not None and (epoch + 1) % self.args.admm_epochs == 0:
-            self.splitting.update()
+        self.splitting.end_epoch(epoch)
 
     def metrics(self):
-        return {'distance': self.splitting.distances[-1]} if self.splitting is not None and self.splitting.distances else {}
+        return {'distance': self.splitting.distances[-1]} if self.splitting.distances else {}
 
     def state_dict(self):
-        return super().state_dict() if self.splitting is None else self.splitting.state_dict()
+        return self.splitting.state_dict()
 
     def load_state_dict(self, state):
-        if self.splitting is None:
-            super().load_state_dict(state)
-        else:
-            self.splitting.load_state_dict(state)
+        self.splitting.load_state_dict(state)
+
+
+def train_in_loop(job, splitting, stage):
+    """All epochs of all turns as one stage of job.fit()."""
+    args = job.args
+    changes = {'epochs': args.admm_iterations * args.admm_epochs, 'optimizer': 'adam', 'lr': args.admm_lr, 'wd': 5e-5}
+    job.fit(Turns(args, splitting), stage, **changes, lr_schedule='constant', warmup_epochs=0.0)
 
 
 def add_admm_flags(add, *names):
@@ -265,7 +262,11 @@ def add_admm_flags(add, *names):
     add('--rho', type=nonnegative, default=1e-4, help="strength of the penalty a step, NNI's row" + shown)
 
 
-class Method(Penalized):
+class Method(OneShot):
+    def __init__(self, args):
+        super().__init__(args)
+        refuse_to_watch_compiled(args, 'base_algo')
+
     @classmethod
     def add_args(cls, parser):
         super().add_args(parser)
@@ -273,14 +274,16 @@ class Method(Penalized):
         add_base_flag(parser, 'projects and prunes')
         add_admm_flags(parser.add_argument, '--num-iterations', '--training-epochs')
 
-    def make_pruner(self, model):
-        return algorithm(self.args.base_algo)(model, self.config_list(model))
+    def criterion(self, args):
+        return algorithm(args.base_algo)
 
     def run(self, job):
         self.announce(job.model)
-        base = self.make_pruner(job.model)
+        base = base_pruner(algorithm(self.args.base_algo), job.model, self.config_list(job.model), by_layer=False)
         self.pretrain(job)
-        self.split(job, 'admm', base, self.groups(job, job.model))
+        base.decide_together(self.groups(job, job.model))
+        splitting = Splitting(base, self.args.rho, self.args.admm_epochs)
+        splitting.solve(lambda splitting: train_in_loop(job, splitting, 'admm'))
         self.pruner = base
         say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
         self.fine_tune(job)

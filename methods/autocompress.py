@@ -9,7 +9,8 @@ each removes the same share of what is left, 1 - (1 - P)^(1/n), and roundings do
 less than one filter of a layer (of each layer, where layers that end in one residual stream lose the same filter together).
 With base_algo 'level' single weights become zero, cumulatively, and only channels that have died on the way are removed.
 
-It uses simulated_annealing.py, admm.py and shrink.py as they are; their deviations are its own. Further ones: NNI counted the
+Rounds.run() is the algorithm. It uses simulated_annealing.py, admm.py and deploy.shrink as they are; their deviations are its
+own. Further ones: NNI counted the
 weights of the pruned filters alone, so that much more than P was gone in the end; entries of config_list other than Conv2d
 were ignored. After the last round the network is as pruned; fine-tuning is the user's.
 
@@ -18,8 +19,8 @@ rounds that have ended, from where it goes on when it is started again with the 
 """
 
 import copy
-import json
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,55 +28,106 @@ from torch import nn
 from deploy.files import read_tensors, write_json, write_tensors
 from deploy.latency import gains
 from deploy.network_file import save
-from deploy.shrinking import dependency_groups, shrink
-from pruners import processes
-from pruners.cost import Cost, convolutions
+from deploy.shrinking import dependency_groups, release, shrink
+from pruners import processes, search
+from pruners.cost import filter_layers
 from pruners.processes import say
-from pruners.search import CAP, base_pruner, fingerprint, keep_counts, snapshot, trial
 
-from ._algorithms import algorithm
 from ._flags import positive
-from ._search import Searching, add_annealing_flags, annealing_options, largest_share
-from .admm import ADAM, Penalized, Splitting, add_admm_flags, either, optimize, takes_callback
+from ._search import Searching, add_annealing_flags, annealing_options, largest_share, refuse_to_watch_compiled
+from .admm import ADAM, Splitting, add_admm_flags, check_trainer, one_of_two_names, takes_callback, train_in_loop, train_with
+from .level import LevelPruner
 from .simulated_annealing import SimulatedAnnealingPruner
 
 
-def find_shares(model, names, budget, example_input, evaluator, groups, cap=lambda target: 1.0, **options):
-    """Anneal: (a config list for the layers `names` with which `budget` of their weights are left after shrinking, the result)."""
-    pruner = SimulatedAnnealingPruner(model, [{'sparsity': 0.0, 'op_names': names}], evaluator, groups=groups, **options)
-    base = pruner.base
-    if base.FILTERS:
-        cost = Cost(model, example_input[:1], 'params', [name for name, _ in pruned_weights(base)])
-        pruner.left = lambda counts: cost(convolutions(base, keep_counts(pruner.importances, counts)))
-    pruner.target = max(1 - budget / size(base), 0.0)
-    pruner.cap = min(cap(pruner.target), CAP)
-    pruner.settings += (pruner.target, pruner.cap)
-    pruner.search()
-    return json.loads(pruner.result['config_list']), pruner.result
+class Rounds:
+    """The algorithm on a network: in people's own loops and on the command line, which say how the network is trained.
+
+    annealing: function of a model and a config list -> SimulatedAnnealingPruner, with further arguments. rounds: their number.
+    row, training_epochs: of ADMM (Splitting). example_input: one image. Raises ValueError as SimulatedAnnealingPruner does.
+    """
+
+    def __init__(self, model, config_list, annealing, rounds, row, training_epochs, example_input, folder):
+        whole = annealing(model, config_list)
+        self.base = whole.base
+        self.target = whole.target
+        self.evaluation = whole.evaluation
+        self.names = list(whole.base.layers)
+        self.weights = weights_of(whole.base)
+        self.annealing = annealing
+        self.rounds = rounds
+        self.row = row
+        self.training_epochs = training_epochs
+        self.example = example_input
+        self.folder = folder
+
+    def run(self, network):
+        """All rounds -> the smaller network; `network` is pruned in place."""
+        for number in range(1, self.rounds + 1):
+            self.prune(network, number)
+            network = shrink(network, self.example)
+            self.end_round(network, number)
+        return network
+
+    def prune(self, network, number):
+        """Split the sparsity of round `number` among the layers, train by ADMM, and mask the network, in place."""
+        groups = self.groups(network)
+        splitting = Splitting(
+            self.pruner_of(network, self.split(network, number, groups), groups), self.row, self.training_epochs
+        )
+        splitting.solve(partial(self.train, number=number))
+
+    def split(self, network, number, groups):
+        """Anneal -> a config list with which the budget of round `number` is left of the weights after shrinking."""
+        budget = self.weights * (1 - self.target) ** (number / self.rounds)
+        present = sum(layer.weight.numel() for layer in filter_layers(self.pruner_of(network)).values())
+        target = max(1 - budget / present, 0.0)
+        pruner = self.annealing(
+            network,
+            [{'sparsity': target, 'op_names': self.names}],
+            experiment_data_dir=self.folder / f'round{number}',
+            max_sparsity=self.largest_share(target),
+            groups=groups,
+            example_input=self.example,
+        )
+        pruner.search()
+        say(f'round {number}: found a split with a score of {pruner.result["performance"]:.4g}')
+        return search.as_config_list(pruner.base, pruner.base.sparsity)
+
+    def pruner_of(self, network, config_list=None, groups=()):
+        """The one-shot pruner of the network of a round; without a config list it prunes nothing."""
+        config_list = config_list or [{'sparsity': 0.0, 'op_names': self.names}]
+        return search.base_pruner(type(self.base), network, config_list, groups)
+
+    def groups(self, network):
+        """The layers whose filters can only be removed together."""
+        return dependency_groups(network, self.example, depthwise=True)
+
+    def largest_share(self, target):
+        """The largest share of any layer where the overall one is `target`."""
+        return 1.0
+
+    def train(self, splitting, number):
+        """Train the network of round `number` for all epochs of all turns of ADMM."""
+        raise NotImplementedError
+
+    def end_round(self, network, number):
+        """`network` is the smaller one."""
 
 
-def pruned_weights(base):
-    """(name, weight) of the layers of a pruner, or of the convolutions whose batch norms it prunes."""
-    names = convolutions(base, dict.fromkeys(base.layers))
-    return [(name, base.model.get_submodule(name).weight) for name in names]
-
-
-def size(base):
-    return sum(weight.numel() for _, weight in pruned_weights(base))
-
-
-def weights_left(base):
+def weights_of(base):
     """The weights that the layers of a pruner have, or, where it prunes single weights, that are not zero."""
-    return size(base) if base.FILTERS else sum(int(torch.count_nonzero(weight)) for _, weight in pruned_weights(base))
+    weights = [layer.weight for layer in filter_layers(base).values()]
+    return sum(weight.numel() if base.FILTERS else int(torch.count_nonzero(weight)) for weight in weights)
 
 
-class AutoCompressPruner:
+class AutoCompressPruner(Rounds):
     """AutoCompressPruner(model, config_list, trainer, evaluator, dummy_input, num_iterations=3, optimize_mode='maximize', ...).
 
     Config keys sparsity (one for all entries), op_types, op_names, exclude. trainer: as in ADMMPruner. evaluator: as in
     SimulatedAnnealingPruner. dummy_input: a batch on the model's device. Other names: iterations, rho. optimizer: a function of
-    parameters, as each round has a new network; None for Adam. compress() makes `model` itself smaller: its layers are other
-    objects then, and an optimizer of the old ones is of no use.
+    parameters, as each round has a new network; None for Adam. compress() makes `model` itself smaller: its layers stay the same
+    objects but have other parameters, and an optimizer of the old ones is of no use.
     """
 
     def __init__(
@@ -104,80 +156,94 @@ class AutoCompressPruner:
         optimizer=None,
         criterion=None,
     ):
-        if not callable(trainer):
-            raise ValueError(f'trainer must be a function of model, optimizer, criterion, epoch and callback, got {trainer!r}')
+        check_trainer(trainer)
         if not torch.is_tensor(dummy_input):
             raise ValueError(f'dummy_input must be a batch that the model takes, got {type(dummy_input).__name__}')
-        self.num_iterations = either('num_iterations', num_iterations, 3, 'iterations', iterations)
-        self.row = either('row', row, 1e-4, 'rho', rho)
-        if min(self.num_iterations, admm_num_iterations, admm_training_epochs) < 1 or not 0 < self.row < float('inf'):
+        num_iterations = one_of_two_names('num_iterations', num_iterations, 3, 'iterations', iterations)
+        row = one_of_two_names('row', row, 1e-4, 'rho', rho)
+        if min(num_iterations, admm_num_iterations, admm_training_epochs) < 1 or not 0 < row < float('inf'):
             raise ValueError('numbers of iterations and epochs must be 1 or more, and row above 0')
-        self.annealing = {'optimize_mode': optimize_mode, 'base_algo': base_algo, 'start_temperature': start_temperature}
-        self.annealing |= {'stop_temperature': stop_temperature, 'cool_down_rate': cool_down_rate, 'seed': seed}
-        self.annealing |= {'perturbation_magnitude': perturbation_magnitude, 'search_steps': search_steps}
-        # Its checks, and the layers; the search itself is made anew for the network of each round.
-        found = SimulatedAnnealingPruner(
-            model, config_list, evaluator, **self.annealing, experiment_data_dir=experiment_data_dir, statistics=self.statistics
-        )
-        self.base, self.target, self.folder, self.evaluator = found.base, found.target, found.folder, evaluator
-        self.model, self.example, self.names, self.kind = model, dummy_input, list(found.base.layers), algorithm(base_algo)
-        self.open_folder, self.score, self.result = found.open_folder, found.score, None
-        self.trainer, self.optimizer, self.criterion = trainer, optimizer, criterion
-        self.admm = admm_num_iterations, admm_training_epochs
+        options = {
+            'optimize_mode': optimize_mode,
+            'base_algo': base_algo,
+            'start_temperature': start_temperature,
+            'stop_temperature': stop_temperature,
+            'cool_down_rate': cool_down_rate,
+            'perturbation_magnitude': perturbation_magnitude,
+            'search_steps': search_steps,
+            'seed': seed,
+        }
+        annealing = partial(SimulatedAnnealingPruner, evaluator=evaluator, statistics=self.statistics, **options)
+        folder = Path(experiment_data_dir)
+        super().__init__(model, config_list, annealing, num_iterations, row, admm_training_epochs, dummy_input[:1], folder)
+        self.model = model
+        self.trainer = trainer
+        self.make_optimizer = optimizer
+        self.criterion = criterion
+        self.admm_num_iterations = admm_num_iterations
+        self.options = options
+        self.result = None
 
     def compress(self):
         """Run all rounds; `model` is then the smaller network, which is returned too."""
-        self.open_folder()
-        network, whole, done = copy.deepcopy(self.model), size(self.base), []
-        name = fingerprint(network, self.annealing, self.target, self.num_iterations, self.names, self.row, self.admm)
-        for state in self.resume(name):
-            network, done = self.smaller(network, state), [*done, state]
-        for number in range(len(done), self.num_iterations):
-            budget = whole * (1 - self.target) ** ((number + 1) / self.num_iterations)
-            self.round(network, number, budget)
-            done.append(snapshot(network))
-            write_tensors({'search': name, 'rounds': done, 'rng': torch.get_rng_state()}, self.folder / 'autocompress_state.pt')
-            network = self.smaller(network, done[-1])
-        self.model.__dict__ = network.__dict__
-        self.base = base_pruner(self.kind, self.model, [{'sparsity': 0.0, 'op_names': self.names}])
-        with trial(self.model):
-            self.result = {'performance': self.score(), 'sparsity': 1 - weights_left(self.base) / whole}
+        search.open_folder(self.folder)
+        network = copy.deepcopy(self.model)
+        settings = (
+            self.options,
+            self.target,
+            self.rounds,
+            self.names,
+            self.row,
+            self.training_epochs,
+            self.admm_num_iterations,
+        )
+        self.name = search.fingerprint(network, settings)
+        self.ended = self.read_ended()
+        replace_tensors(self.model, self.run(network))
+        with search.trial(self.model):
+            score = self.evaluation.score(self.model)
+        left = weights_of(self.pruner_of(self.model))
+        self.result = {'performance': score, 'sparsity': 1 - left / self.weights}
         write_json(self.result, self.folder / 'search_result.json')
         if processes.rank() == 0:
-            (self.folder / 'autocompress_state.pt').unlink(missing_ok=True)
+            self.state_file().unlink(missing_ok=True)
         return self.model
 
-    def round(self, network, number, budget):
-        """Search, train with ADMM, and mask the network, in place."""
-        groups = dependency_groups(network, self.example[:1], depthwise=True)
-        folder = self.folder / f'round{number + 1}'
-        options = {**self.annealing, 'experiment_data_dir': folder, 'statistics': self.statistics}
-        config_list, _ = find_shares(network, self.names, budget, self.example, self.evaluator, groups, **options)
-        splitting = Splitting(base_pruner(self.kind, network, config_list), self.row, groups)
-        optimizer = None if self.optimizer is None else self.optimizer(network.parameters())
-        optimize(splitting, self.trainer, *self.admm, optimizer, self.criterion)
-        splitting.prune()
+    def prune(self, network, number):
+        """As Rounds.prune(), unless the round has ended already: its masked network is in the file then."""
+        if number <= len(self.ended):
+            network.load_state_dict(self.ended[number - 1])
+            return
+        super().prune(network, number)
         network.zero_grad()
+        self.ended.append(search.snapshot(network))
+        state = {'search': self.name, 'rounds': self.ended, 'rng': torch.get_rng_state()}
+        write_tensors(state, self.state_file())
 
-    def smaller(self, network, state):
-        """The masked network of a round without what is dead."""
-        network.load_state_dict(state)
-        return shrink(network, self.example[:1])
+    def train(self, splitting, number):
+        train_with(self.trainer, splitting, self.admm_num_iterations, self.optimizer_of(splitting.base.model), self.criterion)
+
+    def optimizer_of(self, network):
+        if self.make_optimizer is None:
+            return torch.optim.Adam(network.parameters(), **ADAM)
+        return self.make_optimizer(network.parameters())
 
     def statistics(self, network):
         """What criteria that watch training batches see: the trainer, for an epoch."""
-        make = self.optimizer or (lambda parameters: torch.optim.Adam(parameters, **ADAM))
-        criterion = self.criterion or nn.CrossEntropyLoss()
-        further = {'callback': lambda: None} if takes_callback(self.trainer) else {}
-        self.trainer(network, optimizer=make(network.parameters()), criterion=criterion, epoch=0, **further)
+        arguments = {'optimizer': self.optimizer_of(network), 'criterion': self.criterion or nn.CrossEntropyLoss()}
+        if takes_callback(self.trainer):
+            arguments['callback'] = lambda: None
+        self.trainer(network, epoch=0, **arguments)
 
-    def resume(self, name):
+    def state_file(self):
+        return self.folder / 'autocompress_state.pt'
+
+    def read_ended(self):
         """The masked networks of the rounds that have ended, [] if there are none of the same model and arguments."""
-        path = self.folder / 'autocompress_state.pt'
-        if not path.exists():
+        if not self.state_file().exists():
             return []
-        state = read_tensors(path, self.example.device)
-        if state['search'] != name:
+        state = read_tensors(self.state_file(), self.example.device)
+        if state['search'] != self.name:
             return []
         torch.set_rng_state(state['rng'].cpu())
         return state['rounds']
@@ -188,58 +254,93 @@ class AutoCompressPruner:
             raise ValueError('call compress() before export_model()')
         if mask_path is not None:
             say('AutoCompress exports the smaller network, which has no masks: mask_path is not written')
-        self.base.pending = False
-        self.base.export_model(model_path, None, onnx_path, input_shape, device)
+        nothing_pruned = LevelPruner(self.model, [{'sparsity': 0.0, 'op_names': self.names}])
+        nothing_pruned.export_model(model_path, None, onnx_path, input_shape, device)
+
+
+def replace_tensors(model, small):
+    """Give the layers of `model` the parameters, buffers and sizes that those of `small` have, a network of shrink()."""
+    release(model)  # from an earlier pruner, whose masks have the old shapes
+    for name, layer in model.named_modules():
+        smaller = small.get_submodule(name)
+        for key, tensor in [*smaller.named_parameters(recurse=False), *smaller.named_buffers(recurse=False)]:
+            setattr(layer, key, tensor)
+        for key, value in vars(smaller).items():
+            if type(value) in (int, tuple) and key in vars(layer):  # in_channels, num_features, ...
+                setattr(layer, key, value)
 
 
 # ------------------------------------------------------------------------------------------------------ the command line
 
 
-class Method(Penalized, Searching):
+class RoundsInLoop(Rounds):
+    """The rounds with the shared loop: job.model is the network of the round.
+
+    Rounds that have ended are computed again from their searches' files and their ADMM stages, to the bit.
+    """
+
+    def __init__(self, method, job):
+        args = job.args
+        self.job = job
+        annealing = partial(
+            SimulatedAnnealingPruner,
+            evaluator=method.evaluator,
+            base_algo=args.base_algo,
+            statistics=method.statistics,
+            **annealing_options(args),
+        )
+        config_list = method.config_list(job.model)
+        example = method.example()
+        super().__init__(
+            job.model, config_list, annealing, args.num_iterations, args.rho, args.admm_epochs, example, job.folder
+        )
+
+    def groups(self, network):
+        return []
+
+    def largest_share(self, target):
+        return largest_share(self.job.args, target)
+
+    def train(self, splitting, number):
+        train_in_loop(self.job, splitting, f'admm{number}')
+
+    def end_round(self, network, number):
+        self.job.model = network
+        left = weights_of(self.pruner_of(network))
+        accuracy = self.job.evaluate(self.job.test)
+        say(f'round {number}: {left:,} weights are left in the pruned layers, accuracy {accuracy:.2f} %')
+
+
+class Method(Searching):
     gives = 'a smaller network'
-    figures = {}
 
     def __init__(self, args):
         super().__init__(args)
+        refuse_to_watch_compiled(args, 'base_algo')
         self.filters = False  # what the smaller network gives is measured here, against the whole one
-
-    def facts(self):
-        return self.figures
+        self.gains = {}
 
     @classmethod
     def add_args(cls, parser):
         super().add_args(parser)
-        add, help = parser.add_argument, 'rounds of search, ADMM and removal (default: %(default)s)'
-        add('--num-iterations', '--iterations', type=positive, default=3, metavar='N', help=help)
-        add_admm_flags(add)
-        add_annealing_flags(add)
+        help = 'rounds of search, ADMM and removal (default: %(default)s)'
+        parser.add_argument('--num-iterations', '--iterations', type=positive, default=3, metavar='N', help=help)
+        add_admm_flags(parser.add_argument)
+        add_annealing_flags(parser.add_argument)
 
     def run(self, job):
-        """Rounds that have ended are computed again from their searches' files and their ADMM stages, to the bit."""
         self.job = job
         self.announce(job.model)
-        names = self.layer_names(job.model)[0]
-        base = base_pruner(self.criterion(self.args), job.model, [{'sparsity': 0.0, 'op_names': names}])
+        rounds = RoundsInLoop(self, job)
         dense = copy.deepcopy(job.model)
         self.pretrain(job)
-        whole, rounds = size(base), self.args.num_iterations
-        for number in range(rounds):
-            self.round(job, names, number + 1, whole * (1 - self.args.ptarget) ** ((number + 1) / rounds))
+        rounds.run(job.model)
         self.fine_tune(job)
-        self.figures = gains(dense, job.model, self.example())
+        self.gains = gains(dense, job.model, self.example())
         save(job.model, job.folder / 'small', self.example(), run=str(job.folder))
 
     def example(self):
         return next(iter(self.job.test))[0][:1]
 
-    def round(self, job, names, number, budget):
-        args, groups = self.args, self.groups(job, job.model)
-        options = annealing_options(args) | {'base_algo': args.base_algo, 'statistics': self.statistics}
-        options['experiment_data_dir'] = job.folder / f'round{number}'
-        options['cap'] = partial(largest_share, args)
-        config_list, found = find_shares(job.model, names, budget, self.example(), self.evaluator, groups, **options)
-        say(f'round {number}: found a split of validation accuracy {found["performance"]:.2f} %')
-        self.split(job, f'admm{number}', base_pruner(self.criterion(args), job.model, config_list), groups)
-        job.model = shrink(job.model, self.example())
-        left = weights_left(base_pruner(self.criterion(args), job.model, config_list))
-        say(f'round {number}: {left:,} weights are left in the pruned layers, accuracy {job.evaluate(job.test):.2f} %')
+    def facts(self):
+        return self.gains

@@ -14,17 +14,15 @@ state dict that the last round began with, whose zeros are the mask.
 
 import copy
 import json
-from argparse import Namespace
 from pathlib import Path
 
 from deploy.files import write_json, write_tensors
 from pruners import processes
 from pruners.compressor import Compressor
 
-from . import lrr
+from ._chain import Chain, add_chain_flag
 from ._flags import count, positive
 from ._one_shot import OneShot, add_layer_flags
-from .level import LevelPruner
 
 
 def sparsity_at(k, final, rounds):
@@ -40,17 +38,25 @@ class LotteryTicketPruner(Compressor):
     from the trained weights instead.
     """
 
-    REQUIRED, FILTERS = ('prune_iterations', 'sparsity'), False
-    scores = staticmethod(LevelPruner.scores)
+    REQUIRED = ('prune_iterations', 'sparsity')
+    FILTERS = False
+
+    @staticmethod
+    def scores(weights):
+        """|w|"""
+        return {name: weight.abs() for name, weight in weights.items()}
 
     def __init__(self, model, config_list, optimizer=None, lr_scheduler=None, reset_weights=True):
         super().__init__(model, config_list, optimizer)
         counts = sorted({entry['prune_iterations'] for entry in self.entries.values()})
         if len(counts) > 1:
             raise ValueError(f'prune_iterations must be equal in all entries of config_list, got {counts}')
-        self.iterations, self.final, self.round = counts[0], self.sparsity, None
+        self.iterations = counts[0]
+        self.round = None  # none has begun
+        self.final = self.sparsity  # {layer: share of zeros in the last round}
         self.sparsity = dict.fromkeys(self.final, 0.0)
-        self.lr_scheduler, self.reset_weights = lr_scheduler, reset_weights
+        self.lr_scheduler = lr_scheduler
+        self.reset_weights = reset_weights
         self.save_rewind_point()
 
     def get_prune_iterations(self):
@@ -72,18 +78,28 @@ class LotteryTicketPruner(Compressor):
             if self.reset_weights:
                 self.reset()
 
+    def go_on_in_round(self, number):
+        """Say that round `number` has begun, as a file says whose weights and masks will be loaded."""
+        self.round = number
+
+    def what_is_reset(self):
+        """{name: the model, and the optimizer and scheduler if there are any}."""
+        owners = {'model': self.model, 'optimizer': self.optimizer, 'lr_scheduler': self.lr_scheduler}
+        return {name: owner for name, owner in owners.items() if owner is not None}
+
     def save_rewind_point(self):
         """From now on a round goes back to the present state of model, optimizer and scheduler: late rewinding."""
-        self.initial = {'model': copy.deepcopy(self.model.state_dict())}
-        for key, owner in (('optimizer', self.optimizer), ('lr_scheduler', self.lr_scheduler)):
-            self.initial[key] = None if owner is None else copy.deepcopy(owner.state_dict())
+        self.initial = {name: copy.deepcopy(owner.state_dict()) for name, owner in self.what_is_reset().items()}
+
+    def load_rewind_point(self, state):
+        """From now on a round goes back to this state dict of the model."""
+        self.initial['model'] = state
 
     def reset(self):
         """Back to the rewind point, under the masks."""
-        self.model.load_state_dict(self.initial['model'])
-        for key, owner in (('optimizer', self.optimizer), ('lr_scheduler', self.lr_scheduler)):
-            if owner is not None and self.initial[key] is not None:
-                owner.load_state_dict(copy.deepcopy(self.initial[key]))
+        for name, owner in self.what_is_reset().items():
+            if name in self.initial:
+                owner.load_state_dict(copy.deepcopy(self.initial[name]))
         self.apply()
 
     def ticket(self):
@@ -104,7 +120,6 @@ class Method(OneShot):
     PRUNER = LotteryTicketPruner
     DEFAULTS = {'model': 'lenet300_100', 'dataset': 'mnist', 'epochs': 50, 'batch_size': 60, 'ptarget': 0.96, 'clip': 0.0}
     DEFAULTS |= {'optimizer': 'adam', 'lr': 1.2e-3, 'lr_schedule': 'constant', 'wd': 0.0}
-    take_over, keep, chain_file = lrr.Method.take_over, lrr.Method.keep, lrr.Method.chain_file
 
     def __init__(self, args):
         super().__init__(args)
@@ -113,17 +128,18 @@ class Method(OneShot):
             raise ValueError(f'--last-round {last} is above --prune-iterations {args.prune_iterations}')
         if args.rewind_epoch > args.epochs:
             raise ValueError(f'--rewind-epoch {args.rewind_epoch} is not within the {args.epochs} epochs of round 0')
-        self.targets = [sparsity_at(k, args.ptarget, args.prune_iterations) for k in range(last + 1)]
-        self.chain = None if args.chain is None else Path(args.chain.replace('{seed}', str(args.seed)))
+        self.rounds = last + 1  # with the dense one
+        self.chain = Chain(args, free=['last_round'])
         self.round = 0
 
     @classmethod
     def add_args(cls, parser):
-        add, shown = parser.add_argument, ' (default: %(default)s)'
+        add = parser.add_argument
+        shown = ' (default: %(default)s)'
         add('--prune-iterations', type=positive, default=10, metavar='N', help='n, rounds after the dense one' + shown)
         add('--last-round', type=count, metavar='K', help='stop after round K, as the first part of the whole (default: N)')
         add('--rewind-epoch', type=count, default=0, metavar='K', help='set back to the end of epoch K of round 0' + shown)
-        add('--chain', metavar='DIR', help='folder in which runs of several --last-round share rounds; {seed} is filled in')
+        add_chain_flag(parser, 'runs of several --last-round')
         add_layer_flags(parser)
 
     def config_list(self, model):
@@ -134,46 +150,46 @@ class Method(OneShot):
             self.pruner.save_rewind_point()
 
     def state_dict(self):
-        late = self.pruner is not None and self.args.rewind_epoch > 0
-        return super().state_dict() | ({'rewind': self.pruner.initial['model']} if late else {})
+        state = super().state_dict()
+        if self.pruner is not None and self.args.rewind_epoch > 0:
+            state['rewind'] = self.pruner.initial['model']
+        return state
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
         if 'rewind' in state:
-            self.pruner.initial['model'] = state['rewind']
+            self.pruner.load_rewind_point(state['rewind'])
 
     def run(self, job):
-        """Each round is a stage; what comes before the last stage that has ended is not needed (see lrr.py)."""
+        """Each round is a stage; what comes before the last stage that has ended is not needed (see _chain.py)."""
         self.announce(job.model)
         self.pruner = LotteryTicketPruner(job.model, self.config_list(job.model))
-        first = self.take_over(shared(job))
-        self.pruner.round = first  # whose masks and weights fit() loads, unless it is 0
-        for number in range(first, len(self.targets)):
+        first = self.chain.first_round(job, self.rounds)
+        self.pruner.go_on_in_round(first)
+        for number in range(first, self.rounds):
             self.round = number
             if number > first:
                 self.pruner.prune_iteration_start()
             job.fit(self, f'round{number}')
-            if self.chain is not None:
-                self.keep(shared(job))
+            self.chain.add_round(job, number)
             if processes.rank() == 0:
                 write_json(rounds_of(job), job.folder / 'rounds.json')
         self.pruner.export_ticket(job.folder / 'ticket.pt')
 
 
-def shared(job):
-    """The job as the chain of lrr.py is to see it, which compares arguments: rounds depend on all but the last round."""
-    view, args = copy.copy(job), vars(job.args) | {'final_sparsity': job.args.ptarget}
-    view.args = Namespace(**{name: value for name, value in args.items() if name != 'last_round'})
-    return view
-
-
 def rounds_of(job):
     """What log.jsonl says of each round: sparsity, accuracy after its last epoch, and the best of its epochs."""
-    lines = [json.loads(line) for line in (job.folder / 'log.jsonl').read_text().splitlines()[: job.done['epochs']]]
+    text = (job.folder / 'log.jsonl').read_text()
+    lines = [json.loads(line) for line in text.splitlines()[: job.done['epochs']]]
     rounds = []
     for stage in dict.fromkeys(line['stage'] for line in lines):
-        accuracies = [line['accuracy'] for line in lines if line['stage'] == stage]
-        sparsity = next(line['sparsity'] for line in reversed(lines) if line['stage'] == stage)
-        figures = {'sparsity': sparsity, 'accuracy': accuracies[-1], 'best_accuracy': max(accuracies)}
-        rounds.append({'round': int(stage.removeprefix('round'))} | figures)
+        epochs = [line for line in lines if line['stage'] == stage]
+        rounds.append(
+            {
+                'round': int(stage.removeprefix('round')),
+                'sparsity': epochs[-1]['sparsity'],
+                'accuracy': epochs[-1]['accuracy'],
+                'best_accuracy': max(line['accuracy'] for line in epochs),
+            }
+        )
     return rounds

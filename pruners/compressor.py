@@ -172,6 +172,7 @@ class Compressor:
     def set_masks(self, keep):
         """Set the masks to {name: bool tensor, True for each filter or weight to keep}; None keeps all. Does not apply them."""
         self.keep, self.masks, self.parts = keep, {}, []
+        self.pending = keep is None
         for name, layer in self.layers.items():
             kept = torch.ones_like(layer.weight, dtype=torch.bool) if keep is None else over(keep[name], layer.weight)
             bias = None
@@ -392,6 +393,16 @@ class StatisticsPruner(FilterPruner):
         for name in self.sums:
             processes.total(self.sums[name])
             self.counts[name] *= processes.world()  # all see batches of one size
+
+    def watched(self):
+        """What was seen so far, for a file: tensors and plain types."""
+        return {'sums': self.sums, 'counts': self.counts, 'old': sorted(self.old)}
+
+    def load_watched(self, state):
+        """Take back what watched() gave."""
+        self.sums = dict(state['sums'])
+        self.counts = dict(state['counts'])
+        self.old = set(state['old'])
 
     def importance(self):
         if not self.sums:

@@ -1,6 +1,7 @@
 """What a network costs once its dead channels are removed, as a function of the filters that are kept."""
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -9,12 +10,12 @@ from deploy.channels import channel_graph, live_masks
 from deploy.shrinking import Channels
 from sparse_utils import count_macs, prunable_layers
 
-from .search import trial
+from .search import keep_counts, trial
 
 COSTS = ('params', 'macs')
 
 
-class Cost:
+class ChannelCost:
     """What a network costs once the dead channels are removed: a function of the filters that are kept.
 
     kind: 'params', weights of convolutions and linear layers, or 'macs' of one example. names: count these layers only, None for
@@ -24,13 +25,18 @@ class Cost:
     def __init__(self, model, example_input, kind='params', names=None):
         self.graph = channel_graph(model, example_input)
         channels = Channels(copy.deepcopy(model), example_input)
-        self.readers, self.followers, self.number = channels.readers, channels.followers, len(channels.parent)
-        self.convs = {node.module: node.detail[:2] for node in self.graph.nodes if node.kind == 'conv'}
-        self.grouped = any(node.detail[2] > 1 for node in self.graph.nodes if node.kind == 'conv')
-        macs = {name: dense for name, (dense, _) in count_macs(model, example_input).items()}
-        self.layers = {}  # {name: what the whole layer costs}
-        for name, layer in prunable_layers(model).items() if names is None else [(n, model.get_submodule(n)) for n in names]:
-            self.layers[name] = layer.weight.numel() if kind == 'params' else macs.get(name, 0)
+        self.readers = channels.readers
+        self.followers = channels.followers
+        self.number = len(channels.parent)
+        convs = {node.module: node.detail for node in self.graph.nodes if node.kind == 'conv'}
+        self.convs = {name: (out, inputs) for name, (out, inputs, *_) in convs.items()}
+        self.grouped = any(groups > 1 for _, _, groups, *_ in convs.values())
+        layers = prunable_layers(model) if names is None else {name: model.get_submodule(name) for name in names}
+        if kind == 'params':
+            self.layers = {name: layer.weight.numel() for name, layer in layers.items()}
+        else:
+            macs = count_macs(model, example_input)
+            self.layers = {name: macs[name][0] if name in macs else 0 for name in layers}
 
     def __call__(self, keep):
         """keep: {convolution: bool tensor [out]} -> the cost, a whole number."""
@@ -44,13 +50,13 @@ class Cost:
         if self.grouped:  # else, as each layer keeps a filter, nothing else dies
             masks = {name: live[name].view(-1, 1).repeat(1, inputs) for name, (_, inputs) in self.convs.items()}
             live = {name: mask.any(1) for name, mask in live_masks(self.graph, masks).items()}
-        alive = torch.ones(self.number, dtype=torch.bool)
         classes = {name: reader.filters for name, reader in self.readers.items()} | self.followers
         written = {name: classes[name] for name in live if name in classes}
-        for numbers in written.values():
-            alive[numbers] = False
-        for name, numbers in written.items():
-            alive[numbers[live[name]]] = True
+        alive = torch.ones(self.number, dtype=torch.bool)
+        for channels in written.values():
+            alive[channels] = False
+        for name, channels in written.items():
+            alive[channels[live[name]]] = True
         return alive
 
     def share(self, name, alive):
@@ -59,30 +65,85 @@ class Cost:
             return alive[self.followers[name]].float().mean().item()
         if name not in self.readers:
             return 1.0
-        reader = self.readers[name]
-        rows, columns = (alive[numbers] for numbers in (reader.filters, reader.inputs))
+        rows = alive[self.readers[name].filters]
+        columns = alive[self.readers[name].inputs]
         return int(rows.sum()) * int(columns.sum()) / (len(rows) * len(columns))
 
 
-def convolutions(base, keep):
+# The cost of a candidate of a search: functions of counts, {layer: how many are pruned}, and scores, {layer: tensor}, of which the
+# least are pruned first. `base` is the one-shot pruner of the search.
+
+
+class ShrunkCost:
+    """The cost that ChannelCost counts, in the network without its dead channels."""
+
+    def __init__(self, base, example_input, kind='params', names=None):
+        self.base = base
+        self.cost_of_filters = ChannelCost(base.model, example_input, kind, names)
+
+    def __call__(self, counts, scores):
+        return self.cost_of_filters(kept_filters(self.base, keep_counts(scores, counts)))
+
+
+class OwnCost:
+    """What the layers of the pruner keep, without what follows from it elsewhere; the only one for single weights.
+
+    each: {layer: cost of one weight}, None for 1 each. fixed: cost of the other layers.
+    """
+
+    def __init__(self, base, each=None, fixed=0):
+        self.each = dict.fromkeys(base.layers, 1) if each is None else each
+        self.fixed = fixed
+        self.weights = {name: layer.weight.numel() for name, layer in base.layers.items()}
+        self.in_one = {name: layer.weight[0].numel() if base.FILTERS else 1 for name, layer in base.layers.items()}
+
+    def __call__(self, counts, scores=None):
+        kept = {name: number - counts[name] * self.in_one[name] for name, number in self.weights.items()}
+        return self.fixed + round(sum(kept[name] * self.each[name] for name in kept))
+
+
+def own_cost(base, example_input, kind):
+    """OwnCost of the whole network. Raises ValueError for MACs without an example input."""
+    weights = {name: layer.weight.numel() for name, layer in prunable_layers(base.model).items()}
+    if kind == 'params':
+        return OwnCost(base, None, sum(number for name, number in weights.items() if name not in base.layers))
+    if example_input is None:
+        raise ValueError('MACs are counted for an example input: give example_input')
+    macs = {name: dense for name, (dense, _) in count_macs(base.model, example_input).items()}
+    each = {name: macs.get(name, 0) / weights.get(name, math.inf) for name in base.layers}
+    return OwnCost(base, each, sum(number for name, number in macs.items() if name not in base.layers))
+
+
+def kept_filters(base, keep):
     """{layer: bool [out]} -> {convolution: bool [out]}: with slim, of the convolutions that the batch norms follow."""
     if 'BatchNorm2d' not in (base.TYPES or ()):
         return keep
     return {conv: keep[norm] for conv, norm in base.norms.items() if norm in keep}
 
 
+def filter_layers(base):
+    """{name: layer} whose filters a pruner prunes: its layers, or with slim the convolutions that they follow."""
+    return {name: base.model.get_submodule(name) for name in kept_filters(base, base.layers)}
+
+
 def usual_example(model):
     """An input of zeros of a usual size that the model takes, or None."""
-    convs = [module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
-    lines = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
-    shapes = [(1, channels, size, size) for channels in dict.fromkeys(convs) for size in (32, 28, 224, 64)]
-    like = next(model.parameters())
+    parameter = next(model.parameters())
     with trial(model), torch.no_grad():
         model.eval()
-        for shape in shapes or [(1, features) for features in dict.fromkeys(lines)]:
+        for shape in usual_shapes(model):
+            example = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
             try:
-                model(example := torch.zeros(shape, device=like.device, dtype=like.dtype))
-                return example
+                model(example)
             except Exception:  # whatever a model raises for an input of the wrong shape
                 continue
+            return example
     return None
+
+
+def usual_shapes(model):
+    """Shapes of one image for each number of channels that a convolution of the model reads; without any, of one vector."""
+    channels = dict.fromkeys(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    features = dict.fromkeys(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
+    images = [(1, number, size, size) for number in channels for size in (32, 28, 224, 64)]
+    return images or [(1, number) for number in features]

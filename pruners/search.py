@@ -1,6 +1,12 @@
-"""What the searches of NNI share: simulated annealing, NetAdapt, AutoCompress."""
+"""What the searches of NNI share: simulated annealing, NetAdapt, AutoCompress.
+
+A search tries masks on a model. A one-shot pruner, `base`, says by its criterion which filters (or weights) of a layer go first,
+so a candidate is a number for each layer: `counts`, {layer: how many of its filters, or weights, are pruned}. An evaluator gives
+the masked model a score.
+"""
 
 import contextlib
+import csv
 import hashlib
 import json
 import math
@@ -14,43 +20,63 @@ from . import processes
 from .compressor import GlobalPruner, StatisticsPruner
 from .selection import agree, least, ranks
 
-CAP = 1 - 1e-9  # shares stay below 1; each layer keeps a filter in any case
-FOREVER = 2**62
+LARGEST_SHARE = 1 - 1e-9  # shares stay below 1; each layer keeps a filter in any case
+UNTIL_TOLD = 2**62  # training batches that a criterion watches
 
 
-def base_pruner(kind, model, config_list):
-    """The one-shot pruner of a class, set to rank within each layer. Raises ValueError as the class does."""
-    options = {'global_sort': False} if issubclass(kind, GlobalPruner) else {}
+def base_pruner(kind, model, config_list, groups=(), by_layer=True):
+    """The one-shot pruner of a class for a search; a criterion that watches training does so until it is told to stop.
+
+    groups: lists of layers whose filters are decided together. by_layer: rank within each layer, also where the class ranks all
+    layers together. Raises ValueError as the class does.
+    """
+    options = {}
+    if by_layer and issubclass(kind, GlobalPruner):
+        options['global_sort'] = False
     if issubclass(kind, StatisticsPruner):
-        options['statistics_batch_num'] = FOREVER  # it watches until it is told to stop
-    return kind(model, config_list, **options)
+        options['statistics_batch_num'] = UNTIL_TOLD
+    base = kind(model, config_list, **options)
+    if base.FILTERS:
+        base.decide_together(groups)
+    return base
 
 
-def importance(base, statistics=None, groups=()):
-    """{layer: scores} by the criterion of a pruner, which agree within each group of layers.
+def importance(base, statistics=None):
+    """{layer: scores} by the criterion of a pruner; layers that are decided together (base.groups) have equal ones.
 
     statistics: a function of the model that runs training batches forward and backward, for the criteria that watch them. Raises
     ValueError where one is needed and there is none.
     """
     if isinstance(base, StatisticsPruner):
-        if statistics is None:
-            raise ValueError(f'{type(base).__name__} judges by training batches: give statistics, a function of the model')
+        check_statistics(type(base), statistics)
         with trial(base.model):
             base.watch()
             statistics(base.model)
             base.unwatch()
+        return agree(watched_importance(base), base.groups)
+    return agree(base.importance(), base.groups)
+
+
+def watched_importance(base):
+    """{layer: scores} of a criterion that has watched training batches, the mean over all processes. Raises ValueError."""
     scores = base.importance()
     if scores is None:
-        raise ValueError('statistics has sent no batch through the model in training mode')
-    if isinstance(base, StatisticsPruner):  # each process has seen images of its own
-        processes.average(list(scores.values()))
-    return agree(scores, groups)
+        raise ValueError(f'{type(base).__name__} judges by training batches, and the model has seen none in training mode')
+    processes.average(list(scores.values()))
+    return scores
+
+
+def check_statistics(kind, statistics):
+    """Raises ValueError where a class watches training batches and nothing runs them."""
+    if issubclass(kind, StatisticsPruner) and statistics is None:
+        raise ValueError(f'{kind.__name__} judges by training batches: give statistics, a function of the model')
 
 
 @contextlib.contextmanager
 def trial(model):
     """Whatever happens to the model inside is taken back: parameters, buffers and modes."""
-    state, modes = snapshot(model), [(module, module.training) for module in model.modules()]
+    state = snapshot(model)
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
@@ -60,6 +86,7 @@ def trial(model):
 
 
 def snapshot(model):
+    """A copy of the model's state dict."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -72,80 +99,43 @@ def fingerprint(model, *settings):
     return digest.hexdigest()[:16]
 
 
-def keep_counts(scores, counts, previous=None):
-    """{layer: scores}, {layer: number} -> {layer: bool tensor}, False for that number of least scores (see keep_by_layer)."""
-    return {name: ~least(score, counts[name]) for name, score in ranks(scores, previous).items()}
+def keep_counts(scores, counts):
+    """{layer: scores}, {layer: number} -> {layer: bool tensor}, False for that number of least scores."""
+    return {name: ~least(score, counts[name]) for name, score in ranks(scores).items()}
 
 
-def own_weights(base):
-    """A function of counts: weights that the layers of a pruner keep when counts[layer] of their filters or weights go."""
-    sizes = {name: (score_count(base, name), layer.weight.numel()) for name, layer in base.layers.items()}
-    return lambda counts: sum(size // n * (n - counts[name]) for name, (n, size) in sizes.items())
+def sizes(base):
+    """{layer: how many filters, or weights, there are to choose from}."""
+    return {name: len(layer.weight) if base.FILTERS else layer.weight.numel() for name, layer in base.layers.items()}
 
 
-def score_count(base, name):
-    """How many filters, or weights, of a layer there are to choose from."""
-    weight = base.layers[name].weight
-    return len(weight) if base.FILTERS else weight.numel()
+def units(base):
+    """[[layer names], ...]: the layers of a pruner, each by itself or with those that are decided together with it."""
+    found = []
+    for name in base.layers:
+        group = next((group for group in base.groups if name in group), [name])
+        unit = [member for member in base.layers if member in group]
+        if unit not in found:
+            found.append(unit)
+    return found
 
 
-class Search:
-    """What the searches share: `base`, a one-shot pruner that makes the masks, whose methods and attributes they have too.
+class Evaluation:
+    """The evaluator of a search, a function of the model that returns a number, of which more or less is better."""
 
-    units: lists of layers that are decided together. After search(), result is {performance, sparsity, met, config_list}.
-    """
-
-    def __init__(self, model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, groups, statistics):
+    def __init__(self, evaluator, optimize_mode):
         if not callable(evaluator):
             raise ValueError(f'evaluator must be a function of the model that returns a number, got {evaluator!r}')
         if optimize_mode not in ('maximize', 'minimize'):
             raise ValueError(f"optimize_mode must be 'maximize' or 'minimize', got {optimize_mode!r}")
-        self.base = base_pruner(kind, model, config_list)
-        targets = sorted(set(self.base.sparsity.values()))
-        if len(targets) > 1:
-            raise ValueError(f'sparsity is the overall target, so all entries of config_list need the same, not {targets}')
-        if isinstance(self.base, StatisticsPruner) and statistics is None:
-            raise ValueError(f'{kind.__name__} judges by training batches: give statistics, a function of the model')
-        self.target, self.evaluator, self.statistics = targets[0], evaluator, statistics
+        self.evaluator = evaluator
         self.sign = 1 if optimize_mode == 'maximize' else -1
-        self.folder, self.result = Path(experiment_data_dir), None
-        self.set_groups(groups)
 
-    def __getattr__(self, name):
-        if name == 'base':  # not there yet, or in a copy
-            raise AttributeError(name)
-        return getattr(self.base, name)
-
-    def set_groups(self, groups):
-        self.base.decide_together(groups if self.base.FILTERS else [])
-        self.groups = self.base.groups
-        home = {name: tuple(group) for group in self.groups for name in group}
-        units = {}
-        for name in self.base.layers:
-            units.setdefault(home.get(name, (name,)), []).append(name)
-        self.units = list(units.values())
-
-    def compress(self, return_config_list=False):
-        """Search, mask the model in place with what was found, let the masks hold; returns the model, or its config list."""
-        self.search()
-        self.base.hook()
-        self.base.apply()
-        return json.loads(self.result['config_list']) if return_config_list else self.base.model
-
-    def search(self):
-        raise NotImplementedError
-
-    def export_model(self, *paths, **options):
-        """As Compressor.export_model. Raises ValueError when there was no search yet."""
-        if self.result is None:
-            raise ValueError('call compress() before export_model()')
-        self.base.export_model(*paths, **options)
-
-    def score(self):
+    def score(self, model):
         """What the evaluator says of the model as it is, the mean over all processes. Raises ValueError for no number."""
-        value = self.evaluator(self.base.model)
+        value = self.evaluator(model)
         try:
-            value = torch.tensor(float(value), dtype=torch.float64, device=next(self.base.model.parameters()).device)
+            value = torch.tensor(float(value), dtype=torch.float64, device=next(model.parameters()).device)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f'evaluator must return a number, got {value!r}') from None
         processes.average([value])
@@ -155,24 +145,89 @@ class Search:
         """Larger is better; what is not a finite number is the worst."""
         return self.sign * score if math.isfinite(score) else -math.inf
 
-    def shares(self, counts):
-        """{layer: number of filters} -> {layer: share}"""
-        return {name: count / score_count(self.base, name) for name, count in counts.items()}
 
-    def as_config_list(self, shares):
-        """{layer: share} -> a config list with which the class of base_algo (slim: with global_sort=False) makes the same masks."""
-        kinds = {name: type(layer).__name__ for name, layer in self.base.layers.items()}
-        return [{'sparsity': share, 'op_types': [kinds[name]], 'op_names': [name]} for name, share in shares.items()]
+class AroundPruner:
+    """A pruner around a one-shot pruner, `base`, whose other methods and attributes it has too: masks, bind(), ..."""
 
-    def open_folder(self):
-        if processes.rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        processes.wait()
+    def __getattr__(self, name):
+        if name == 'base':  # not there yet, or in a copy
+            raise AttributeError(name)
+        return getattr(self.base, name)
 
-    def finish(self, shares, keep, **figures):
-        """Take over the masks of what was found, and write search_result.json."""
+
+class Search(AroundPruner):
+    """A pruner that searches: search() sets the masks of `base`, and `result`, {performance, sparsity, met, config_list}."""
+
+    def __init__(self, model, config_list, evaluation, kind, experiment_data_dir, statistics, groups=()):
+        self.base = base_pruner(kind, model, config_list, groups)
+        targets = sorted(set(self.base.sparsity.values()))
+        if len(targets) > 1:
+            raise ValueError(f'sparsity is the overall target, so all entries of config_list need the same, not {targets}')
+        check_statistics(kind, statistics)
+        self.target = targets[0]
+        self.evaluation = evaluation
+        self.statistics = statistics
+        self.folder = Path(experiment_data_dir)
+        self.result = None
+
+    def search(self):
+        raise NotImplementedError
+
+    def compress(self, return_config_list=False):
+        """Search, mask the model in place with what was found, let the masks hold; returns the model, or its config list."""
+        self.search()
+        self.base.hook()
+        self.base.apply()
+        return json.loads(self.result['config_list']) if return_config_list else self.base.model
+
+    def export_model(self, *paths, **options):
+        """As Compressor.export_model. Raises ValueError when there was no search yet."""
+        if self.result is None:
+            raise ValueError('call compress() before export_model()')
+        self.base.export_model(*paths, **options)
+
+    def finish(self, shares, keep, figures):
+        """Give `base` the shares and masks that were found, and write search_result.json: figures, and the config list."""
         self.base.sparsity = dict(shares)
         self.base.set_masks(keep)
-        self.base.pending = False
-        self.result = figures | {'config_list': json.dumps(self.as_config_list(shares))}
+        self.result = figures | {'config_list': json.dumps(as_config_list(self.base, shares))}
         write_json(self.result, self.folder / 'search_result.json')
+
+
+def as_config_list(base, shares):
+    """{layer: share} -> a config list with which the class of base_algo (slim: with global_sort=False) makes the same masks."""
+    kinds = {name: type(layer).__name__ for name, layer in base.layers.items()}
+    return [{'sparsity': share, 'op_types': [kinds[name]], 'op_names': [name]} for name, share in shares.items()]
+
+
+def open_folder(folder):
+    """Make the folder of a search, for all processes."""
+    if processes.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    processes.wait()
+
+
+class History:
+    """search_history.csv: a line for each candidate. Only the first process writes."""
+
+    def __init__(self, path, *columns):
+        self.path = path
+        self.columns = columns
+
+    def read(self):
+        """The lines as dicts of texts, but one that was cut short; [] where there is no such file."""
+        if not self.path.exists():
+            return []
+        with open(self.path, newline='') as file:
+            return [row for row in csv.DictReader(file) if list(row) == list(self.columns) and None not in row.values()]
+
+    def write(self, rows):
+        """Begin the file anew with these rows."""
+        if processes.rank() == 0:
+            with open(self.path, 'w', newline='') as file:
+                csv.writer(file).writerows([self.columns, *rows])
+
+    def add(self, *row):
+        if processes.rank() == 0:
+            with open(self.path, 'a', newline='') as file:
+                csv.writer(file).writerow(row)

@@ -95,7 +95,9 @@ def test_what_is_projected_is_w_plus_u():
 
 
 def test_layers_of_a_group_keep_the_same_filters():
-    splitting = Splitting(L1FilterPruner(residual(), of_target(0.5)), groups=[['back', 'stem']])
+    base = L1FilterPruner(residual(), of_target(0.5))
+    base.decide_together([['back', 'stem']])
+    splitting = Splitting(base)
     splitting.update()
     kept = {name: z.flatten(1).any(1) for name, z in splitting.Z.items()}
     assert torch.equal(kept['back'], kept['stem']) and kept['back'].sum() == 3
@@ -367,7 +369,8 @@ def test_the_documents_example_of_autocompress(tmp_path, monkeypatch):
                 dummy_input=dummy_input, num_iterations=3, optimize_mode='maximize', base_algo='l1',
                 cool_down_rate=0.9, admm_num_iterations=30, admm_training_epochs=5, experiment_data_dir='./')
     # fmt: on
-    pruner.admm = 2, 1  # fewer, to be quick
+    pruner.admm_num_iterations = 2  # fewer, to be quick
+    pruner.training_epochs = 1
     pruner.compress()
     pruner.export_model('model.pth')
     state = torch.load('model.pth', weights_only=True)

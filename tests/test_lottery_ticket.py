@@ -166,7 +166,7 @@ def test_rows_share_their_rounds(tmp_path, trained):
     assert same_state(same, state) and part['accuracy'] == whole['accuracy'] and part['epochs'] == 3
     tickets = [torch.load(tmp_path / name / 'ticket.pt', weights_only=True) for name in ('alone', '2')]
     assert same_state(*tickets)
-    with pytest.raises(SystemExit, match=r'other arguments \(--final-sparsity 0.8 -> 0.9\); take another --chain'):
+    with pytest.raises(SystemExit, match=r'other arguments \(--ptarget 0.8 -> 0.9\); take another --chain'):
         run_main(tmp_path / 'other', *QUICK, '--ptarget=0.9', f'--chain={tmp_path}/chain')
 
 

@@ -144,4 +144,4 @@ def test_a_chain_of_other_arguments_is_refused(tmp_path):
 def test_settings_that_cannot_work():
     with pytest.raises(ValueError, match='--rewind-epoch 4 is not within the 3 epochs'):
         Method(parse([*TINY, '--method=lrr', '--rewind-epoch=4']))
-    assert methods.lrr.Method(parse([*TINY, '--method=lrr', '--chain=x-{seed}', '--seed=5'])).chain.name == 'x-5'
+    assert methods.lrr.Method(parse([*TINY, '--method=lrr', '--chain=x-{seed}', '--seed=5'])).chain.folder.name == 'x-5'

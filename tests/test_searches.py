@@ -15,10 +15,10 @@ from args import parse
 from deploy.shrinking import dependency_groups, shrink
 from methods import L1FilterPruner, NetAdaptPruner, SimulatedAnnealingPruner, load
 from methods._algorithms import ALGORITHMS
-from methods.simulated_annealing import arrange, is_accepted, meet, temperatures
+from methods.simulated_annealing import Annealing, Splits, is_accepted, order_by_size, shift_until
 from pruners import processes
-from pruners.cost import Cost
-from pruners.search import CAP, keep_counts
+from pruners.cost import ChannelCost
+from pruners.search import LARGEST_SHARE, keep_counts
 from sparse_utils import count_macs, prunable_layers
 
 CONVS = [{'sparsity': 0.5, 'op_types': ['Conv2d']}]
@@ -66,25 +66,32 @@ def weights(model):
 
 # ----------------------------------------------------------------------------------------------------- pieces by hand
 def test_larger_layers_get_the_larger_values_and_equal_ones_keep_their_order():
-    assert arrange([0.9, 0.1, 0.5], [1, 2, 3]) == [0.1, 0.5, 0.9]
-    assert arrange([0.9, 0.1, 0.5], [30, 2, 1]) == [0.9, 0.5, 0.1]
-    assert arrange([0.9, 0.1, 0.5], [2, 2, 1]) == [0.9, 0.5, 0.1]
-    assert arrange([0.1, 0.9, 0.5], [2, 2, 1]) == [0.5, 0.9, 0.1]
-    assert arrange([0.3, 0.1, 0.2], [7, 7, 7]) == [0.3, 0.1, 0.2]
+    assert order_by_size([0.9, 0.1, 0.5], [1, 2, 3]) == [0.1, 0.5, 0.9]
+    assert order_by_size([0.9, 0.1, 0.5], [30, 2, 1]) == [0.9, 0.5, 0.1]
+    assert order_by_size([0.9, 0.1, 0.5], [2, 2, 1]) == [0.9, 0.5, 0.1]
+    assert order_by_size([0.1, 0.9, 0.5], [2, 2, 1]) == [0.5, 0.9, 0.1]
+    assert order_by_size([0.3, 0.1, 0.2], [7, 7, 7]) == [0.3, 0.1, 0.2]
 
 
 def test_any_values_meet_a_budget_by_one_shift():
-    left = lambda values: 1 - (values[0] + 3 * values[1]) / 4  # noqa: E731
-    assert meet([0.0, 0.4], left, 0.5) == pytest.approx([0.2, 0.6], abs=1e-6)
-    assert meet([0.0, 0.9], left, 0.5) == pytest.approx([0.0, 2 / 3], abs=1e-6)  # at 0 it stays
-    assert meet([-5.0, 3.0], left, 0.1) == pytest.approx([0.6, CAP], abs=1e-6)  # at the cap it stays
-    assert meet([0.3, 0.5], left, 1.0) == [0, 0]
-    assert meet([0.3, 0.5], left, -1.0) == pytest.approx([CAP, CAP])  # never: as much as there is
+    def within(budget):
+        return lambda values: 1 - (values[0] + 3 * values[1]) / 4 <= budget
+
+    assert shift_until(within(0.5), [0.0, 0.4]) == pytest.approx([0.2, 0.6], abs=1e-6)
+    assert shift_until(within(0.5), [0.0, 0.9]) == pytest.approx([0.0, 2 / 3], abs=1e-6)  # at 0 it stays
+    assert shift_until(within(0.1), [-5.0, 3.0]) == pytest.approx([0.6, LARGEST_SHARE], abs=1e-6)  # at the largest it stays
+    assert shift_until(within(1.0), [0.3, 0.5]) == [0, 0]
+    assert shift_until(within(-1.0), [0.3, 0.5]) == pytest.approx([LARGEST_SHARE] * 2)  # never: as much as there is
+
+
+def annealing(start, stop, rate):
+    return Annealing(start, stop, rate, 0.35, 10, 0)
 
 
 def test_temperatures_are_those_of_nni():
-    assert len(temperatures(100, 20, 0.9)) == 16
-    assert temperatures(100, 20, 0.5) == [100, 50, 25]
+    assert len(annealing(100, 20, 0.9).temperatures()) == 16
+    assert annealing(100, 20, 0.5).temperatures() == [100, 50, 25]
+    assert annealing(100, 50, 0.5).temperatures() == [100]  # above the stop
 
 
 def test_acceptance_is_relative_to_the_spread_of_scores():
@@ -120,7 +127,7 @@ def test_annealing_ends_and_meets_its_budget(name, target, tmp_path):
 
     pruner = anneal(model, tmp_path, evaluator, of_target(target))
     assert pruner.compress() is model
-    assert len(calls) <= 1 + 4 * len(temperatures(100, 20, 0.7))
+    assert len(calls) <= 1 + 4 * len(annealing(100, 20, 0.7).temperatures())
     zeros = sum(int((m.weight == 0).sum()) for m in model if isinstance(m, nn.Conv2d))
     assert 0 <= zeros - target * 5040 < 16 * 9 + 1  # by less than the largest filter
     assert pruner.result['sparsity'] == pytest.approx(zeros / 5040) and pruner.result['met']
@@ -226,20 +233,22 @@ def test_larger_layers_never_get_less(tmp_path):
         assert a <= c <= b
 
 
-def test_the_perturbation_shrinks_with_the_temperature(tmp_path):
-    pruner = anneal(chain(), tmp_path, sensitivity, start_temperature=100, stop_temperature=1, cool_down_rate=0.5)
-    assert pruner.magnitudes == [0.35 * 0.5**k for k in range(7)]
-    proposals, candidate = [], pruner.candidate
+def test_the_perturbation_shrinks_with_the_temperature(tmp_path, monkeypatch):
+    candidate = Splits.candidate
+    proposals = []
 
-    def recording(values):
-        proposals.append(candidate(values))
+    def recording(splits, values):
+        proposals.append(candidate(splits, values))
         return proposals[-1]
 
-    pruner.candidate = recording
-    pruner.evaluator = constant  # accepts every step
+    monkeypatch.setattr(Splits, 'candidate', recording)
+    options = {'start_temperature': 100, 'stop_temperature': 1, 'cool_down_rate': 0.5}
+    pruner = anneal(chain(), tmp_path, constant, **options)  # accepts every step
+    assert [pruner.annealing.magnitude(t) for t in pruner.annealing.temperatures()] == [0.35 * 0.5**k for k in range(7)]
     pruner.compress()
+    proposals = proposals[-28:]  # four at each of seven temperatures; before them the uniform split
     moves = [max(abs(x - y) for x, y in zip(a, b, strict=True)) for a, b in itertools.pairwise(proposals)]
-    assert max(moves[2:5]) > 5 * max(moves[-4:]) > 0  # the first is the uniform split, the second a new draw
+    assert max(moves[:4]) > 5 * max(moves[-4:]) > 0
 
 
 # ---------------------------------------------------------------------------------------------- what it counts, and exports
@@ -258,11 +267,11 @@ def test_the_cost_is_that_of_the_shrunk_network():
         pruner.apply()
         small = shrink(twin, x)
         s, f = 6 - stream, 8 - inner
-        assert Cost(model, x)(keep) == weights(small) == 18 * s + 9 * s * f + 9 * f * s + 3 * s
+        assert ChannelCost(model, x)(keep) == weights(small) == 18 * s + 9 * s * f + 9 * f * s + 3 * s
         macs = sum(dense for dense, _ in count_macs(small, x).values())
-        assert Cost(model, x, 'macs')(keep) == macs == 81 * (18 * s + 18 * s * f) + 3 * s
+        assert ChannelCost(model, x, 'macs')(keep) == macs == 81 * (18 * s + 18 * s * f) + 3 * s
     one = keep_counts(scores, {'back': 3, 'stem': 0, 'front': 0})  # the stream stays whole as the stem writes all of it
-    assert Cost(model, x)(one) == weights(model)
+    assert ChannelCost(model, x)(one) == weights(model)
 
 
 def test_every_iteration_of_netadapt_cuts_its_step_and_a_stream_is_pruned_together(tmp_path):
