@@ -26,7 +26,7 @@ from pruners import processes
 from pruners.compressor import ActivationPruner, StatisticsPruner
 from pruners.processes import say
 from pruners.search import FOREVER
-from pruners.selection import agree, over
+from pruners.selection import expand_mask, join_groups
 
 from ._algorithms import algorithm
 from ._flags import nonnegative, positive
@@ -71,7 +71,7 @@ class Splitting:
             raise ValueError(f'{type(self.base).__name__} judges by training batches, and the trainer has run none')
         if isinstance(self.base, StatisticsPruner):
             processes.average(list(scores.values()))
-        return agree(self.base.choose(agree(scores, self.groups)), self.groups)
+        return join_groups(self.base.choose(join_groups(scores, self.groups)), self.groups)
 
     @torch.no_grad()
     def update(self):
@@ -79,7 +79,7 @@ class Splitting:
         wanted = {name: self.W[name] + self.U[name] for name in self.W}
         keep, total = self.choose(wanted), 0.0
         for name, weight in self.W.items():
-            self.Z[name] = wanted[name] * over(keep[name], weight)
+            self.Z[name] = wanted[name] * expand_mask(keep[name], weight)
             self.U[name] += weight - self.Z[name]
             total += (weight - self.Z[name]).double().square().sum().item()
         self.distances.append(total**0.5)

@@ -41,7 +41,7 @@ class LotteryTicketPruner(Compressor):
     """
 
     REQUIRED, FILTERS = ('prune_iterations', 'sparsity'), False
-    scores = staticmethod(LevelPruner.scores)
+    score = staticmethod(LevelPruner.score)
 
     def __init__(self, model, config_list, optimizer=None, lr_scheduler=None, reset_weights=True):
         super().__init__(model, config_list, optimizer)

@@ -12,7 +12,7 @@ from deploy.files import write_json
 
 from . import processes
 from .compressor import GlobalPruner, StatisticsPruner
-from .selection import agree, least, ranks
+from .selection import join_groups, mark_lowest, pruned_first
 
 CAP = 1 - 1e-9  # shares stay below 1; each layer keeps a filter in any case
 FOREVER = 2**62
@@ -44,7 +44,7 @@ def importance(base, statistics=None, groups=()):
         raise ValueError('statistics has sent no batch through the model in training mode')
     if isinstance(base, StatisticsPruner):  # each process has seen images of its own
         processes.average(list(scores.values()))
-    return agree(scores, groups)
+    return join_groups(scores, groups)
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def fingerprint(model, *settings):
 
 def keep_counts(scores, counts, previous=None):
     """{layer: scores}, {layer: number} -> {layer: bool tensor}, False for that number of least scores (see keep_by_layer)."""
-    return {name: ~least(score, counts[name]) for name, score in ranks(scores, previous).items()}
+    return {name: ~mark_lowest(score, counts[name]) for name, score in pruned_first(scores, previous).items()}
 
 
 def own_weights(base):
