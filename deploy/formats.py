@@ -26,11 +26,15 @@ def write_pt2(model, example_input, path):
     files.write_atomically(Path(path), lambda file: torch.export.save(program, file))
 
 
+def missing_onnx_packages() -> list[str]:
+    """Those of the packages that PyTorch needs to write ONNX files which are not installed."""
+    return [name for name in ('onnx', 'onnxscript') if importlib.util.find_spec(name) is None]
+
+
 def write_onnx(model, example_input, path):
     """Write an ONNX file with inputs `input` and outputs `output`, for any batch size. Raises ValueError, naming the packages
     to install, where those that PyTorch needs for it are missing."""
-    missing = [name for name in ('onnx', 'onnxscript') if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_onnx_packages():
         raise ValueError(f'ONNX files need {" and ".join(missing)}: pip install {" ".join(missing)}')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporter's own making

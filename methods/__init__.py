@@ -7,6 +7,10 @@ to facts in the order in which they stand here, and those after facts when a run
 import difflib
 import importlib
 import pkgutil
+from argparse import ArgumentParser, Namespace
+
+import torch
+from torch import nn
 
 # The classes of NNI's pruners, and the modules they live in.
 PRUNERS = {
@@ -42,15 +46,15 @@ class Method:
     idle = False  # whether it adds parameters that the forward pass does not use
     gives = 'zeros'  # 'zeros' in the original network, 'a smaller network', or 'the dense network'
 
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         """args: the parsed command line. Raises ValueError for settings that cannot work together."""
         self.args = args
 
     @staticmethod
-    def add_args(parser):
+    def add_args(parser: ArgumentParser) -> None:
         """Add the method's own flags: the paper's default, and help that names the paper's symbol."""
 
-    def start_from(self, model, state):
+    def start_from(self, model: nn.Module, state: dict) -> None:
         """Load the state dict of the run that --from names, before anything else. Raises ValueError when it does not fit."""
         try:
             model.load_state_dict(state)
@@ -58,10 +62,13 @@ class Method:
             reason = ' '.join(str(error).split())[:200]
             raise ValueError(f'the weights of --from do not fit {self.args.model}: {reason}') from None
 
-    def prepare(self, model, steps, args):
-        """Change the model for a stage of `steps` steps, before the optimizer exists; safe to call again. args: the stage's own."""
+    def prepare(self, model: nn.Module, steps: int, args: Namespace) -> None:
+        """Change the model for a stage of `steps` steps, before the optimizer exists; safe to call again.
 
-    def param_groups(self, model, args):
+        args: the arguments of the stage.
+        """
+
+    def param_groups(self, model: nn.Module, args: Namespace) -> list[dict]:
         """Parameter groups for the optimizer. Default: no weight decay on biases and norms, unless --wd-all."""
         parameters = list(model.parameters())
         decayed = [p for p in parameters if p.dim() > 1 or args.wd_all]
@@ -69,68 +76,71 @@ class Method:
         groups = [{'params': decayed, 'weight_decay': args.wd}, {'params': plain, 'weight_decay': 0.0}]
         return [group for group in groups if group['params']]
 
-    def attach(self, fit):
-        """Once the optimizer exists: fit has the stage's args, model, forward, optimizer, criterion, autocast, example, batches."""
+    def attach(self, fit: Namespace) -> None:
+        """Once the optimizer exists.
 
-    def before_step(self, step):
+        fit: what the stage works with: args, model, forward, optimizer, criterion, autocast, example, batches.
+        """
+
+    def before_step(self, step: int) -> None:
         """Before the forward pass of step 0, 1, ...: thresholds, temperatures."""
 
-    def loss(self):
+    def loss(self) -> torch.Tensor | None:
         """An extra loss to add to the cross-entropy, or None."""
 
-    def after_backward(self, step, batch):
+    def after_backward(self, step: int, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Between backward and optimizer.step(): gradients may be read and changed; batch is (images, labels)."""
 
-    def after_step(self, step, batch):
+    def after_step(self, step: int, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         """After optimizer.step(): masks, second passes."""
 
-    def after_epoch(self, epoch):
+    def after_epoch(self, epoch: int) -> None:
         """Before the evaluation that ends the epoch."""
 
-    def metrics(self):
+    def metrics(self) -> dict[str, float]:
         """{name: float} to log with the epoch, beside loss, accuracy and sparsity."""
         return {}
 
-    def after_evaluation(self, line):
+    def after_evaluation(self, line: dict) -> None:
         """After the evaluation that ends the epoch; `line` is what will be logged."""
 
-    def finalize(self, model):
+    def finalize(self, model: nn.Module) -> nn.Module:
         """Turn the model into plain layers with plain names and exact zeros; returns the model."""
         return model
 
-    def facts(self):
+    def facts(self) -> dict:
         """{name: plain value} for result.json, beside what is measured."""
         return {}
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """What a resumed run needs and model.state_dict() does not hold: tensors and plain types."""
         return {}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         """Take back what state_dict() gave, after prepare()."""
 
-    def pretrain(self, job):
+    def pretrain(self, job) -> None:
         """The dense training of --epochs that a pipeline begins with, unless --from gives its end."""
         if vars(self.args).get('from') is None:
             job.fit(Method(self.args), 'pretrain')
 
-    def fine_tune(self, job):
+    def fine_tune(self, job) -> None:
         """The --finetune-epochs that a pipeline may end with, at a constant --finetune-lr."""
         if self.args.finetune_epochs:
             stage = {'epochs': self.args.finetune_epochs, 'lr': self.args.finetune_lr}
             job.fit(self, 'finetune', **stage, lr_schedule='constant', warmup_epochs=0.0)
 
-    def run(self, job):
+    def run(self, job) -> None:
         """One stage of training; pipelines override this with ordinary code over job.fit()."""
         job.fit(self)
 
 
-def names():
+def names() -> list[str]:
     """The names that --method takes."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith('_'))
 
 
-def load(name):
+def load(name: str) -> type[Method]:
     """The class `Method` of methods/<name>.py. Raises ValueError for a name that is not there."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1)

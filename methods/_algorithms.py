@@ -1,6 +1,7 @@
 """The one-shot criteria by the names of base_algo and pruning_algorithm."""
 
-from pruners.config_list import meant
+from pruners.compressor import Compressor
+from pruners.config_list import suggestion
 
 from .apoz import ActivationAPoZRankFilterPruner
 from .fpgm import FPGMPruner
@@ -23,8 +24,10 @@ ALGORITHMS = {
 }
 
 
-def algorithm(name):
+def algorithm(name: str) -> type[Compressor]:
     """The one-shot pruner class of a base_algo or pruning_algorithm. Raises ValueError for another name."""
     if name not in ALGORITHMS:
-        raise ValueError(f'there is no pruning algorithm {name!r}{meant(name, ALGORITHMS)}; there are {", ".join(ALGORITHMS)}')
+        raise ValueError(
+            f'there is no pruning algorithm {name!r}{suggestion(name, ALGORITHMS)}; there are {", ".join(ALGORITHMS)}'
+        )
     return ALGORITHMS[name]

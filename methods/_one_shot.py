@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import torch.nn.functional as F
 
 from deploy.shrinking import dependency_groups
-from pruners.config_list import DEFAULT_TYPES, meant
+from pruners.config_list import DEFAULT_TYPES, suggestion
 from pruners.processes import say
 
 from . import Method as Base
@@ -27,6 +27,10 @@ def add_dependency_flag(parser):
         default=True,
         help='layers whose filters can only be removed together, as those of a residual stream, have one mask (default: on)',
     )
+
+
+def matches_any(name, patterns):
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class OneShot(Base):
@@ -49,7 +53,8 @@ class OneShot(Base):
 
     @classmethod
     def add_args(cls, parser):
-        add, shown = parser.add_argument, ' (default: %(default)s)'
+        add = parser.add_argument
+        shown = ' (default: %(default)s)'
         add('--finetune-epochs', type=count, default=40, metavar='N', help='epochs with the masks, after --epochs' + shown)
         add('--finetune-lr', type=nonnegative, default=1e-3, help='their learning rate, constant' + shown)
         add_layer_flags(parser)
@@ -60,24 +65,19 @@ class OneShot(Base):
 
     def layer_names(self, model):
         """(names to prune, names of the same types that are left out). Raises ValueError for a name that matches nothing."""
-        able = {n: m for n, m in model.named_modules() if type(m).__name__ in self.types}
+        kinds = ' or '.join(self.types[:2])
+        layers = {name: module for name, module in model.named_modules() if type(module).__name__ in self.types}
         for pattern in [*(self.args.layers or []), *self.args.exclude]:
-            if not any(fnmatchcase(name, pattern) for name in able):
-                raise ValueError(f'{pattern!r} matches no {" or ".join(self.types[:2])} layer{meant(pattern, able)}')
-
-        def among(name, patterns):
-            return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-        chosen = [
-            name
-            for name, module in able.items()
-            if among(name, self.args.layers or ['*'])
-            and not among(name, self.args.exclude)
-            and module.weight.numel() >= self.args.pthres
-        ]
+            if not any(fnmatchcase(name, pattern) for name in layers):
+                raise ValueError(f'{pattern!r} matches no {kinds} layer{suggestion(pattern, layers)}')
+        chosen = []
+        for name, layer in layers.items():
+            wanted = matches_any(name, self.args.layers or ['*']) and not matches_any(name, self.args.exclude)
+            if wanted and layer.weight.numel() >= self.args.pthres:
+                chosen.append(name)
         if not chosen:
-            raise ValueError(f'--layers, --exclude and --pthres leave no {" or ".join(self.types[:2])} layer to prune')
-        return chosen, [name for name in able if name not in chosen]
+            raise ValueError(f'--layers, --exclude and --pthres leave no {kinds} layer to prune')
+        return chosen, [name for name in layers if name not in chosen]
 
     def config_list(self, model):
         """The config list that the flags mean."""
@@ -93,11 +93,10 @@ class OneShot(Base):
     def announce(self, model):
         chosen, others = self.layer_names(model)
         kinds = ' and '.join(sorted({type(model.get_submodule(name)).__name__ for name in chosen}))
-        say(
-            f'prunes {len(chosen)} layers: {", ".join(chosen)}; leaves out {", ".join(others)}'
-            if others
-            else f'prunes all {len(chosen)} layers of type {kinds}'
-        )
+        if others:
+            say(f'prunes {len(chosen)} layers: {", ".join(chosen)}; leaves out {", ".join(others)}')
+        else:
+            say(f'prunes all {len(chosen)} layers of type {kinds}')
 
     def run(self, job):
         self.announce(job.model)
@@ -110,7 +109,7 @@ class OneShot(Base):
         self.fine_tune(job)
 
     def groups(self, job, model):
-        """Layers whose filters go together, as none could be removed from a residual stream otherwise; none of other methods."""
+        """Lists of layers whose filters go together, as those of one residual stream; [] where they are not asked for."""
         if not (self.filters and self.args.dependency_aware):
             return []
         return dependency_groups(model, next(iter(job.test))[0][:1], depthwise=True)
@@ -154,9 +153,11 @@ class Watching(OneShot):
         return super().options() | {'statistics_batch_num': self.args.statistics_batches}
 
     def prune(self, job):
-        model, state = job.model, {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+        model = job.model
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         job.train.set_epoch(0)  # a resumed run must see the same images
-        self.pruner.statistics_batch_num = number = min(self.args.statistics_batches, len(job.train))
+        number = min(self.args.statistics_batches, len(job.train))
+        self.pruner.statistics_batch_num = number
         self.pruner.watch()
         model.train()
         for images, labels in itertools.islice(job.train, number):

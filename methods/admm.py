@@ -26,7 +26,7 @@ from pruners import processes
 from pruners.compressor import StatisticsPruner
 from pruners.processes import say
 from pruners.search import AroundPruner, base_pruner, watched_importance
-from pruners.selection import agree, over
+from pruners.selection import expand_mask, join_groups
 
 from . import Method as Base
 from ._algorithms import algorithm
@@ -84,7 +84,7 @@ class Splitting:
         keep = self.project(sums)
         squares = 0.0
         for name, weight in self.W.items():
-            self.Z[name] = sums[name] * over(keep[name], weight)
+            self.Z[name] = sums[name] * expand_mask(keep[name], weight)
             self.U[name] += weight - self.Z[name]
             squares += (weight - self.Z[name]).double().square().sum().item()
         self.distances.append(squares**0.5)
@@ -97,7 +97,7 @@ class Splitting:
             scores = watched_importance(self.base)
         else:
             scores = self.base.scores({name: tensor.detach() for name, tensor in tensors.items()})
-        return agree(self.base.choose(agree(scores, self.base.groups)), self.base.groups)
+        return join_groups(self.base.choose(join_groups(scores, self.base.groups)), self.base.groups)
 
     def watch(self):
         """Let a criterion that judges by training batches see those of the turn that begins."""

@@ -1,11 +1,14 @@
-"""APoZ, NNI's ActivationAPoZRankFilterPruner (Hu et al., "Network Trimming: A Data-Driven Neuron Pruning Approach towards Efficient
-Deep Architectures", 2016, arXiv 1607.03250): in each convolution the filters go whose activations are zero most often (equation
-1, the average percentage of zeros).
+"""APoZ, NNI's ActivationAPoZRankFilterPruner: in each convolution the filters go whose activations are zero most often
+(equation 1, the average percentage of zeros).
 
-Deviations: as in NNI, the activation is `activation` (relu) of the convolution's own output, also where the network has a batch
-norm between the two; and the share pruned is given, where the paper prunes what lies a standard deviation above the mean, in
-rounds. Zeros are counted in the first training batches after compress(), on the command line before fine-tuning.
+Hu et al., "Network Trimming: A Data-Driven Neuron Pruning Approach towards Efficient Deep Architectures", 2016,
+arXiv 1607.03250. Deviations: as in NNI, the activation is `activation` (relu) of the convolution's own output, also where the
+network has a batch norm between the two; and the share to prune is given, while the paper prunes what lies a standard
+deviation above the mean, in rounds. Zeros are counted in the first training batches after compress(), on the command line
+before fine-tuning.
 """
+
+import torch
 
 from pruners.compressor import ActivationPruner
 
@@ -19,8 +22,8 @@ class ActivationAPoZRankFilterPruner(ActivationPruner):
     """
 
     @staticmethod
-    def of_activation(activation):
-        """1 where it is not zero: averaged, one minus APoZ."""
+    def of_activation(activation: torch.Tensor) -> torch.Tensor:
+        """1 where it is not zero; the average is one minus APoZ."""
         return activation != 0
 
 

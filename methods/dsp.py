@@ -1,7 +1,9 @@
-"""Dynamic Structure Pruning (Park, Kim, Kim, Choi and Lee, "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023,
-arXiv 2303.09736): filter groups are learned with the weights, then each group loses its least important input channels.
+"""Dynamic Structure Pruning: groups of filters are learned with the weights, then each group loses its least important input
+channels. Park, Kim, Kim, Choi and Lee, "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023, arXiv 2303.09736.
 
-    from methods.dsp import *      gives GroupWrapper, PruneWrapper and pack, for your own training loop; see pruners/group_learning.py
+    from methods.dsp import *      # GroupWrapper, PruneWrapper and pack, for your own training loop
+
+The equations are in pruners/group_learning.py and pruners/group_pruning.py.
 
 --method dsp is the authors' pipeline, in stages that --stage runs alone, each from the weights that --from names:
 pretrain   the dense network, --epochs
@@ -16,8 +18,8 @@ best on the test set as the authors do, which is no honest figure and is named i
 Pruned FLOPs and weights are counted over the grouped convolutions alone, as in the paper's tables: without the first one, those
 of shortcuts, and the classifier; the whole network's share is printed beside it. masks.pt holds their masks.
 Deviations: pruned weights stay at zero with their momentum; the learning rate warms up linearly in the first two epochs, where
-the authors take a quarter of it; the best network of a cycle is that of this cycle's epochs. For those of the two learning
-steps see pruners/group_learning.py and group_pruning.py.
+the authors take a quarter of it; the best network of a cycle is that of this cycle's epochs. The two files
+above name those of group learning and pruning.
 """
 
 from torch import nn
@@ -28,8 +30,8 @@ from deploy.latency import gains
 from deploy.network_file import save
 from deploy.outputs import TOLERANCE, compare
 from deploy.packing import pack
-from pruners.group_learning import GroupWrapper, group_convs, set_group, strip
-from pruners.group_pruning import PruneWrapper, filter_pruned
+from pruners.group_learning import GroupWrapper, group_convs, remove_groups, set_group
+from pruners.group_pruning import PruneWrapper, convs_that_lose_filters
 from pruners.processes import say
 
 from . import Method as Base
@@ -39,12 +41,16 @@ __all__ = ['GroupWrapper', 'PruneWrapper', 'pack']
 
 STAGES = ['all', 'pretrain', 'group', 'prune', 'finetune', 'pack']
 COSINE = {'lr_schedule': 'cosine', 'lr_restarts': 0, 'warmup_epochs': 0.0}
-MORE = 0.001  # of the FLOPs, pruned with each further cycle
+CYCLE_STEP = 0.001  # of the FLOPs, pruned with each further cycle
 
 
 def default_fp_every(model):
     """Every how many convolutions one ends a residual block, by the network's name; -1 where there are no such blocks."""
-    return 3 if model == 'resnet50' else 2 if model.startswith(('resnet', 'wrn')) else -1
+    if model == 'resnet50':
+        return 3
+    if model.startswith(('resnet', 'wrn')):
+        return 2
+    return -1
 
 
 class Method(Base):
@@ -71,9 +77,16 @@ class Method(Base):
         if args.select == 'val' and not args.val_size:
             raise ValueError('--select val takes a validation split: give --val-size, or --select last')
         self.select = args.select or ('val' if args.val_size else 'last')
-        self.started, self.learned = started, {}  # {convolution: its group logits} of the run that --from names
-        self.stage, self.steps, self.fit, self.grouper, self.pruner = None, 0, None, None, None
-        self.best, self.best_score, self.figures = None, -1.0, {}
+        self.started = started
+        self.learned = {}  # {convolution: its group logits} of the run that --from names
+        self.stage = None  # of training, by its name in run()
+        self.steps = 0  # of that stage
+        self.fit = None
+        self.grouper = None
+        self.pruner = None
+        self.best = None  # the state dict of the stage's selected epoch
+        self.best_score = -1.0
+        self.figures = {}
         self.packed = False
         if args.stage in ('pretrain', 'group'):
             self.gives = 'the dense network'
@@ -116,7 +129,8 @@ class Method(Base):
         add(
             '--select',
             choices=['val', 'last', 'test-best'],
-            help="the epoch whose network a stage hands on; test-best is the authors' protocol (default: val, or last without --val-size)",
+            help="the epoch whose network a stage hands on; test-best is the authors' protocol (default: val, or last without "
+            '--val-size)',
         )
         add(
             '--fp-every',
@@ -150,11 +164,23 @@ class Method(Base):
     def attach(self, fit):
         self.fit = fit
         if self.stage == 'group':
-            a, more = self.args, {'autocast': fit.autocast, 'forward': fit.forward, 'say': say}
-            settings = a.regularize, self.steps, a.groups, a.temperature, fit.example
-            more |= {'exclude': a.exclude, 'accumulate': a.accumulate}
-            self.grouper = GroupWrapper(fit.model, fit.optimizer, fit.criterion, *settings, **more)
-            self.take_groups(self.grouper.convs)
+            args = self.args
+            self.grouper = GroupWrapper(
+                fit.model,
+                fit.optimizer,
+                fit.criterion,
+                regularization_power=args.regularize,
+                total_num_iterations=self.steps,
+                num_groups=args.groups,
+                temperature=args.temperature,
+                example_input=fit.example,
+                exclude=args.exclude,
+                autocast=fit.autocast,
+                forward=fit.forward,
+                accumulate=args.accumulate,
+                say=say,
+            )
+            self.set_learned_groups(self.grouper.convs)
 
     def before_step(self, step):
         if self.grouper is not None:
@@ -181,7 +207,8 @@ class Method(Base):
         return state if self.best is None else state | {'best': self.best, 'best_score': self.best_score}
 
     def load_state_dict(self, state):
-        self.best, self.best_score = state.get('best'), state.get('best_score', -1.0)
+        self.best = state.get('best')
+        self.best_score = state.get('best_score', -1.0)
         if self.grouper is not None:
             self.grouper.load_state_dict(state['grouper'])
 
@@ -191,9 +218,10 @@ class Method(Base):
         groups = {name: conv.group.detach() for name, conv in convs.items() if hasattr(conv, 'group')}
         if self.pruner is not None:
             self.pruner.remove()
-        strip(model)
-        for name, group in groups.items() if self.args.stage in ('group', 'prune') else ():
-            set_group(convs[name], group)
+        remove_groups(model)
+        if self.args.stage in ('group', 'prune'):
+            for name, group in groups.items():
+                set_group(convs[name], group)
         return model
 
     def facts(self):
@@ -203,18 +231,20 @@ class Method(Base):
     # ------------------------------------------------------------------------------------------------------- the stages
 
     def run(self, job):
-        stage, a = job.args.stage, job.args
+        args = job.args
+        stage = args.stage
         self.check(job)
         if stage == 'pretrain' or stage == 'all' and not self.started:
             self.train(job, 'pretrain')
         if stage == 'group' or stage == 'all' and not self.learned:
-            self.train(job, 'group', epochs=a.group_epochs, lr=a.group_lr, wd=a.group_wd, **COSINE)
+            self.train(job, 'group', epochs=args.group_epochs, lr=args.group_lr, wd=args.group_wd, **COSINE)
             self.grouper = None
         if stage in ('all', 'prune', 'finetune'):
-            self.prune(job, a.prune)
-            self.finetune(job, a.cycles if a.finetune_epochs and stage != 'prune' else 0)
+            self.prune(job, args.prune)
+            if args.finetune_epochs and stage != 'prune':
+                self.finetune(job, args.cycles)
             write_tensors({name: mask.cpu() for name, mask in self.pruner.masks().items()}, job.folder / 'masks.pt')
-        if stage == 'pack' or a.pack:
+        if stage == 'pack' or args.pack:
             self.finalize(job.model)
             self.figures |= write_packed(job)
             self.packed = True
@@ -223,14 +253,16 @@ class Method(Base):
         """Raise ValueError for layers that are not there now, not after hours of pretraining."""
         example = next(iter(job.test))[0][:1]
         convs = group_convs(job.model, example, job.args.exclude, say=lambda text: None)
-        filter_pruned(list(convs), self.fp_every(), job.args.fp_layers)
+        convs_that_lose_filters(list(convs), self.fp_every(), job.args.fp_layers)
 
     def fp_every(self):
         return default_fp_every(self.args.model) if self.args.fp_every is None else self.args.fp_every
 
     def train(self, job, stage, **changes):
         """One stage of training; the model is then that of the selected epoch."""
-        self.stage, self.best, self.best_score = stage, None, -1.0
+        self.stage = stage
+        self.best = None
+        self.best_score = -1.0
         job.fit(self, stage, **changes)
         if self.best is not None:
             job.model.load_state_dict(self.best)
@@ -238,15 +270,23 @@ class Method(Base):
     def prune(self, job, rate):
         """Prune a share of the FLOPs, by the present weights and groups."""
         if self.pruner is None:
-            a = job.args
+            args = job.args
             example = next(iter(job.test))[0][:1]
-            settings = a.groups, self.fp_every(), a.fp_layers, example, a.round_to
-            self.pruner = PruneWrapper(job.model, *settings, exclude=a.exclude, say=say)
-            self.take_groups(self.pruner.convs)
+            self.pruner = PruneWrapper(
+                job.model,
+                args.groups,
+                self.fp_every(),
+                args.fp_layers,
+                example,
+                args.round_to,
+                exclude=args.exclude,
+                say=say,
+            )
+            self.set_learned_groups(self.pruner.convs)
         flops, weights = self.pruner.initialize(rate)
         self.figures = {'flops_pruned': flops / 100, 'weights_pruned': weights / 100}
 
-    def take_groups(self, convs):
+    def set_learned_groups(self, convs):
         """Begin with the groups that the run of --from has learned, if it has."""
         if self.learned and set(self.learned) != set(convs):
             odd = sorted(set(self.learned) ^ set(convs))[0]
@@ -255,20 +295,21 @@ class Method(Base):
             convs[name].group.data.copy_(logits)
 
     def finetune(self, job, cycles):
-        a = job.args
+        args = job.args
         for cycle in range(cycles):
             if cycle:
-                self.prune(job, min(self.figures['flops_pruned'] + MORE, 0.9999))
-            epochs = a.finetune_epochs * (cycle + 1) // cycles - a.finetune_epochs * cycle // cycles
-            self.train(job, f'cycle{cycle + 1}', epochs=epochs, lr=a.finetune_lr, wd=a.finetune_wd, **COSINE)
+                self.prune(job, min(self.figures['flops_pruned'] + CYCLE_STEP, 0.9999))
+            first = args.finetune_epochs * cycle // cycles
+            last = args.finetune_epochs * (cycle + 1) // cycles
+            self.train(job, f'cycle{cycle + 1}', epochs=last - first, lr=args.finetune_lr, wd=args.finetune_wd, **COSINE)
 
 
 def write_packed(job):
     """Pack the finished network, whose pruned kernels are exactly zero, for this device and --pack-batch images at a time.
 
     Into the run's folder go packed.pt and packed.json, from which it is rebuilt without running stored code, packed.pt2 and,
-    asked for, packed.ts. Returns what is gained, as shrink.gains() does. Raises ValueError where it cannot be packed, or where
-    its outputs on test images are others.
+    asked for, packed.ts. Returns what is gained, as deploy.latency.gains() does. Raises ValueError where the network cannot be
+    packed, or where the packed one has other outputs on test images.
     """
     images = next(iter(job.test))[0]
     example = images[: job.args.pack_batch]

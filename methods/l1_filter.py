@@ -1,10 +1,13 @@
-"""L1 filter pruning, NNI's L1FilterPruner (Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, arXiv 1608.08710):
-in each convolution the filters with the least sum of absolute weights go, at once; then the network is fine-tuned.
+"""L1 filter pruning, NNI's L1FilterPruner: in each convolution the filters with the smallest sum of absolute weights go, at
+once; then the network is fine-tuned.
 
-Deviations: filters, their biases and batch norms are set to zero where the paper removes them, with the next layer's kernels
-that read them; what the network computes is the same, since a pruned filter's output is zero. The paper prunes layers of a
-stage alike and spares sensitive ones: use several entries, or --layers and --exclude. Residual blocks are not treated apart.
+Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, arXiv 1608.08710. Deviations: filters, their biases and batch
+norms are set to zero; the paper removes them, and the kernels of the next layer that read them. What the network computes is
+the same, since a pruned filter's output is zero. The paper prunes the layers of a stage alike and spares sensitive ones: use
+several entries, or --layers and --exclude. Residual blocks are not treated apart.
 """
+
+import torch
 
 from pruners.compressor import FilterPruner
 
@@ -15,9 +18,9 @@ class L1FilterPruner(FilterPruner):
     """L1FilterPruner(model, config_list, optimizer=None); config keys sparsity, op_types (Conv2d), op_names, exclude."""
 
     @staticmethod
-    def scores(weights):
-        """The sum of |w| of each filter."""
-        return {name: weight.abs().flatten(1).sum(1) for name, weight in weights.items()}
+    def score(weight: torch.Tensor) -> torch.Tensor:
+        """sum |w|, of each filter."""
+        return weight.abs().flatten(1).sum(1)
 
 
 class Method(OneShot):

@@ -1,11 +1,11 @@
-"""Level pruning, NNI's LevelPruner: in each layer the weights of smallest magnitude go, at once (Han et al., "Learning both
-Weights and Connections for Efficient Neural Networks", NeurIPS 2015, arXiv 1506.02626, without its iterations).
+"""Level pruning, NNI's LevelPruner: in each layer the weights of smallest magnitude go, at once.
 
-floor(s n) of the n weights of a layer are zero, however many are equal (see compressor.py). Biases stay. --scope global, which
-NNI has not, ranks the weights of all layers together.
-
-OneShot is what the one-shot pruners do on the command line: pretrain, prune, fine-tune.
+Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015, arXiv 1506.02626, without its
+iterations. floor(s n) of the n weights of a layer are zero, however many are equal (see pruners/compressor.py). Biases stay.
+--scope global, which NNI does not have, ranks the weights of all layers together.
 """
+
+import torch
 
 from pruners.compressor import GlobalPruner
 
@@ -21,9 +21,9 @@ class LevelPruner(GlobalPruner):
     FILTERS = False
 
     @staticmethod
-    def scores(weights):
-        """|w|"""
-        return {name: weight.abs() for name, weight in weights.items()}
+    def score(weight: torch.Tensor) -> torch.Tensor:
+        """|w|, of each weight."""
+        return weight.abs()
 
 
 class Method(OneShot):

@@ -42,9 +42,9 @@ class LotteryTicketPruner(Compressor):
     FILTERS = False
 
     @staticmethod
-    def scores(weights):
+    def score(weight):
         """|w|"""
-        return {name: weight.abs() for name, weight in weights.items()}
+        return weight.abs()
 
     def __init__(self, model, config_list, optimizer=None, lr_scheduler=None, reset_weights=True):
         super().__init__(model, config_list, optimizer)

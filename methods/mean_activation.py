@@ -1,8 +1,10 @@
-"""Mean activation, NNI's ActivationMeanRankFilterPruner (Molchanov et al., "Pruning Convolutional Neural Networks for Resource
-Efficient Inference", ICLR 2017, arXiv 1611.06440, section 2.2): in each convolution the filters of least mean activation go.
+"""Mean activation, NNI's ActivationMeanRankFilterPruner: in each convolution the filters of the smallest mean activation go.
 
-Deviations: as in apoz.py; all at once, where the paper prunes one filter after another with training between.
+Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", ICLR 2017, arXiv 1611.06440,
+section 2.2. Deviations: as in apoz.py; all filters go at once, while the paper prunes one after another, with training between.
 """
+
+import torch
 
 from pruners.compressor import ActivationPruner
 
@@ -16,7 +18,8 @@ class ActivationMeanRankFilterPruner(ActivationPruner):
     """
 
     @staticmethod
-    def of_activation(activation):
+    def of_activation(activation: torch.Tensor) -> torch.Tensor:
+        """The activation itself."""
         return activation
 
 

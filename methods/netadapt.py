@@ -36,7 +36,6 @@ from deploy.shrinking import dependency_groups
 from pruners import processes, search
 from pruners.cost import COSTS, ShrunkCost, own_cost, usual_example
 from pruners.processes import say
-from pruners.selection import ranks
 
 from ._algorithms import algorithm
 from ._flags import fraction, nonnegative, positive
@@ -191,7 +190,7 @@ class NetAdaptPruner(search.Search):
 
     def rank_filters(self):
         """{layer: scores} of all filters, by the present weights; those that are pruned come first."""
-        return ranks(search.importance(self.base, self.statistics), self.base.keep)
+        return pruned_first(search.importance(self.base, self.statistics), self.base.keep)
 
     def start(self):
         """Score the network as it comes, or go on after the last iteration of this search that has ended."""

@@ -19,9 +19,10 @@ class RandomFilterPruner(FilterPruner):
 
     def importance(self):
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU, the same for every device
-        return {
-            name: torch.rand(len(layer.weight), generator=generator).to(layer.weight) for name, layer in self.layers.items()
-        }
+        scores = {}
+        for name, layer in self.layers.items():
+            scores[name] = torch.rand(len(layer.weight), generator=generator).to(layer.weight)
+        return scores
 
 
 class Method(OneShot):

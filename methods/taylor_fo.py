@@ -1,14 +1,17 @@
-"""Taylor, first order on weights, NNI's TaylorFOWeightFilterPruner (Molchanov et al., "Importance Estimation for Neural Network
-Pruning", CVPR 2019, arXiv 1906.10771, section 3.1): a filter's importance is the sum of (g w)^2 over its weights, the squared
-first-order change of the loss when a weight becomes zero, averaged over batches; in each convolution the least important go.
+"""Taylor, first order on weights, NNI's TaylorFOWeightFilterPruner: a filter's importance is the sum of (g w)^2 over its
+weights, the squared first-order change of the loss when a weight becomes zero, averaged over batches; in each convolution the
+least important filters go.
 
-g is the gradient that the optimizer's step is about to use and w the weight before that step (NNI took the weight after it).
-Without an optimizer every backward pass is a batch. global_sort=True ranks the filters of all layers together, as the paper
-does: the sparsity is then a share of the weights, as in NNI 2.4, and each layer keeps a filter.
-Deviations: the paper has variants on batch norm scales and on gates, and prunes in many small steps; here it is once.
+Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, arXiv 1906.10771, section 3.1. g is the
+gradient that the optimizer's step is about to use and w the weight before that step (NNI took the weight after it). Without an
+optimizer every backward pass is a batch. global_sort=True ranks the filters of all layers together, as the paper does: the
+sparsity is then a share of the weights, as in NNI 2.4, and each layer keeps a filter. Deviations: the paper has variants on
+batch norm scales and on gates, and prunes in many small steps; here it is once.
 """
 
 from functools import partial
+
+import torch
 
 from pruners.compressor import StatisticsPruner
 from pruners.selection import keep_globally
@@ -39,8 +42,10 @@ class TaylorFOWeightFilterPruner(StatisticsPruner):
             raise ValueError(f'{", ".join(frozen)} is not trained (requires_grad is False), so it has no gradient to judge by')
         if self.optimizer is not None:
             return [self.optimizer.register_step_pre_hook(self.before_step)]
-        layers = self.layers.items()
-        return [layer.weight.register_post_accumulate_grad_hook(partial(self.see, name)) for name, layer in layers]
+        return [
+            layer.weight.register_post_accumulate_grad_hook(partial(self.after_gradient, name))
+            for name, layer in self.layers.items()
+        ]
 
     def before_step(self, *_):
         reached = {name: layer for name, layer in self.layers.items() if layer.weight.grad is not None}
@@ -49,17 +54,18 @@ class TaylorFOWeightFilterPruner(StatisticsPruner):
                 self.add(name, contributions(layer.weight))
             self.batch_done()
 
-    def see(self, name, weight):
+    def after_gradient(self, name, weight):
         if self.model.training:
             self.add(name, contributions(weight))
             if not self.old and all(self.counts.get(layer, 0) > self.batches for layer in self.layers):
                 self.batch_done()
 
 
-def contributions(weight):
-    """[filters]: the sum of (g w)^2 of each."""
+def contributions(weight: torch.Tensor) -> torch.Tensor:
+    """sum (g w)^2, of each filter; g is the gradient of the weight."""
     return (weight.grad * weight.detach()).float().square().flatten(1).sum(1)
 
 
 class Method(Watching):
-    PRUNER, SCOPES = TaylorFOWeightFilterPruner, ('layer', 'global')
+    PRUNER = TaylorFOWeightFilterPruner
+    SCOPES = ('layer', 'global')

@@ -1,18 +1,20 @@
 """Which batch norm follows which convolution."""
 
+import itertools
+
 from torch import fx, nn
+
+LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
 
 
 class LayerTracer(fx.Tracer):
     """Takes every convolution and batch norm as one operation, subclasses too."""
 
     def is_leaf_module(self, module, name):
-        return isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) or super().is_leaf_module(
-            module, name
-        )
+        return isinstance(module, LAYERS) or super().is_leaf_module(module, name)
 
 
-def batch_norms(model):
+def batch_norms(model: nn.Module) -> dict[str, str]:
     """{name of a convolution: name of the batch norm that takes its output, and nothing else, and is all that takes it}.
 
     Found in the graph of torch.fx. Where the model cannot be traced: the batch norm that comes next among the modules without
@@ -21,20 +23,31 @@ def batch_norms(model):
     try:
         nodes = list(LayerTracer().trace(model).nodes)
     except Exception:  # whatever its forward raises when it meets no tensors
-        leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-        pairs = [(a, b) for a, b in zip(leaves, leaves[1:], strict=False) if feeds(a[1], b[1])]
-        return {a[0]: b[0] for a, b in pairs}
+        return next_modules(model)
+    modules = dict(model.named_modules())
     calls = [node.target for node in nodes if node.op == 'call_module']
-    modules, found = dict(model.named_modules()), {}
+    called_once = {target for target in calls if calls.count(target) == 1}
+    norms = {}
     for node in nodes:
-        if node.op == 'call_module' and len(node.users) == 1 and calls.count(node.target) == 1:
-            user = next(iter(node.users))
-            if user.op == 'call_module' and feeds(modules[node.target], modules[user.target]) and calls.count(user.target) == 1:
-                found[node.target] = user.target
-    return found
+        if node.op != 'call_module' or node.target not in called_once or len(node.users) != 1:
+            continue
+        user = next(iter(node.users))
+        if user.op == 'call_module' and user.target in called_once and feeds(modules[node.target], modules[user.target]):
+            norms[node.target] = user.target
+    return norms
 
 
-def feeds(conv, norm):
+def next_modules(model: nn.Module) -> dict[str, str]:
+    """The same by the order of the modules alone."""
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    norms = {}
+    for (name, module), (next_name, next_module) in itertools.pairwise(leaves):
+        if feeds(module, next_module):
+            norms[name] = next_name
+    return norms
+
+
+def feeds(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether the one is a convolution and the other a batch norm of its size, with scale and shift."""
     return (
         isinstance(conv, nn.modules.conv._ConvNd)

@@ -1,13 +1,13 @@
-"""What NNI's pruners share: config lists, masks chosen by index, and masks that hold. The pruners are in methods/.
+"""What NNI's pruners share: masks chosen by index, and masks that hold. The pruners are in methods/.
 
     config_list = [{'sparsity': 0.5, 'op_types': ['Conv2d']}, {'exclude': True, 'op_names': ['conv1']}]
     pruner = L1FilterPruner(model, config_list, optimizer)
     pruner.compress()                          # prunes in place; train on as before
     pruner.export_model('model.pt', 'mask.pt')
 
-NNI (github.com/microsoft/nni, the pruners of version 1.7, 2020) masked each layer in a wrapper, in the forward pass. Here layers
-stay plain: masks multiply the weights in place, after every step of the optimizer and, whoever else changed a weight, before the
-next forward pass, so that module types and state_dict keys never change and a pruned weight is zero wherever one looks.
+NNI (github.com/microsoft/nni, the pruners of version 1.7, 2020) masked each layer in a wrapper, in the forward pass. Here
+layers stay plain: masks multiply the weights in place, after every step of the optimizer and, whoever else changed a weight,
+before the next forward pass. So module types and state_dict keys never change, and a pruned weight is zero wherever one looks.
 Further differences from NNI's code:
 - the number pruned of n weights or filters is floor(n sparsity), but never all n; they are chosen by index, the lowest first
   among equals, where a threshold pruned all equals of the last one;
@@ -16,21 +16,23 @@ Further differences from NNI's code:
 - an entry of the config list that is misspelt, contradicts itself or matches nothing is a ValueError, not a warning; `exclude`
   works in every pruner; the sparsity may be 0.
 
-A pruner is its criterion: scores(weights), from {name: weight} to {name: scores}, the least of which are pruned. A score is for
-a filter (1-d, one for each index of the weight's first dimension) or for a weight (of the weight's shape).
+A pruner is its criterion: score(weight) gives a layer's scores, the lowest of which are pruned. A score is for a filter (1-d,
+one for each index of the weight's first dimension) or for a weight (of the weight's shape).
 """
 
 import copy
-import importlib.util
 from functools import partial
 
 import torch
 from torch import nn
 
+from deploy.formats import missing_onnx_packages
+
 from . import processes
 from .batch_norms import batch_norms
 from .config_list import is_positive, select_layers
-from .selection import agree, keep_by_layer, keep_globally, over
+from .momentum import momenta
+from .selection import Keep, Scores, expand_mask, join_groups, keep_by_layer, keep_globally
 
 ACTIVATIONS = {'relu': nn.functional.relu, 'relu6': nn.functional.relu6}
 
@@ -45,35 +47,43 @@ class Compressor:
     """
 
     TYPES = None  # op_types that the pruner takes, None for any with a weight
-    REQUIRED, OPTIONAL = ('sparsity',), ()  # keys of an entry
+    REQUIRED = ('sparsity',)  # keys that an entry must have
+    OPTIONAL = ()  # keys that it may have
     FILTERS = True  # a score is for a filter, whose bias and batch norm go with it; False: for a weight
 
-    def __init__(self, model, config_list, optimizer=None):
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model: nn.Module, config_list: list[dict], optimizer: torch.optim.Optimizer | None = None):
+        self.model = model
+        self.optimizer = optimizer
         self.layers, self.entries = select_layers(model, config_list, self.REQUIRED, self.OPTIONAL, self.TYPES)
         self.sparsity = {name: entry.get('sparsity', 0.0) for name, entry in self.entries.items()}
         self.norms = batch_norms(model) if self.FILTERS else {}
         self.groups = []  # see decide_together()
-        self.handles, self.step_handle, self.bound = [], None, False
+        self.handles = []  # of the hooks of hook()
+        self.step_handle = None  # of bind()
+        self.bound = False
         self.pending = True  # masks are to be made
         self.set_masks(None)
 
     # What a criterion defines.
 
     @staticmethod
-    def scores(weights):
-        """{name: weight} -> {name: scores}; the least are pruned."""
+    def score(weight: torch.Tensor) -> torch.Tensor:
+        """The scores of one layer: [filters], or of the weight's shape. The lowest are pruned."""
         raise NotImplementedError
 
-    def importance(self):
-        """{name: scores} of the layers as they are now, or None while what it takes has not been seen."""
+    def scores(self, weights: dict[str, torch.Tensor]) -> Scores:
+        """{name: weight} -> {name: scores}"""
+        return {name: self.score(weight) for name, weight in weights.items()}
+
+    def importance(self) -> Scores | None:
+        """{name: scores} of the layers as they are now, or None while what they are made from has not been seen."""
         return self.scores({name: layer.weight.detach() for name, layer in self.layers.items()})
 
-    def choose(self, scores):
+    def choose(self, scores: Scores) -> Keep:
         """{name: scores} -> {name: bool tensor} of what to keep; what is pruned already stays pruned."""
         return keep_by_layer(scores, self.sparsity, self.keep)
 
-    def one_sparsity(self):
+    def one_sparsity(self) -> float:
         """The sparsity of all entries, for a ranking of all layers together. Raises ValueError where they differ."""
         values = sorted(set(self.sparsity.values()))
         if len(values) > 1:
@@ -82,81 +92,86 @@ class Compressor:
 
     # What a user calls.
 
-    def compress(self):
-        """Make the masks (where the criterion has to see training batches: once it has), let them hold; returns the model."""
+    def compress(self) -> nn.Module:
+        """Make the masks and let them hold; returns the model.
+
+        Where the criterion has to see training batches, the masks are made once it has.
+        """
         self.update_mask()
         self.hook()
         return self.model
 
-    def update_mask(self):
+    def update_mask(self) -> None:
         """Make the masks again, from the weights or from what was seen of training, and apply them; pruned stays pruned."""
         if self.make_masks():
             self.apply()
 
-    def refresh(self):
+    def refresh(self) -> None:
         """Make the masks for a sparsity that has changed: at once, or when enough training batches were seen."""
         self.update_mask()
 
     @torch.no_grad()
-    def make_masks(self):
+    def make_masks(self) -> bool:
         """Set the masks, without touching a weight -> whether there is something to make them from."""
         scores = self.importance()
-        if scores is not None:
-            keep = self.choose(agree(scores, self.groups))
-            self.set_masks(agree(keep, self.groups))
-            self.pending = False
-        return scores is not None
+        if scores is None:
+            return False
+        keep = self.choose(join_groups(scores, self.groups))
+        self.set_masks(join_groups(keep, self.groups))
+        self.pending = False
+        return True
 
-    def decide_together(self, groups):
-        """Give the layers of each group ([[layer names], ...], see shrink.dependency_groups) one mask, by their mean scores.
+    def decide_together(self, groups: list[list[str]]) -> None:
+        """Give the layers of each group ([[layer names], ...], see deploy.dependency_groups) one mask, by their mean scores.
 
         Filters that end in one residual stream can only be removed together: masks that disagree leave it at its full width.
+        Where batch norms are pruned, a group names the convolutions that they follow.
         """
-        before = {
-            norm: conv for conv, norm in self.norms.items()
-        }  # where batch norms are pruned, by the convolutions they follow
-        names = {before.get(name, name): name for name in self.layers}
+        conv_before = {norm: conv for conv, norm in self.norms.items()}
+        names = {conv_before.get(name, name): name for name in self.layers}
         groups = [[names[name] for name in group if name in names] for group in groups]
         self.groups = [group for group in groups if len(group) > 1]
 
-    def update_epoch(self, epoch):
+    def update_epoch(self, epoch: int) -> None:
         """Say that epoch `epoch` (from 0) begins: of use to pruners with a schedule."""
 
-    def step(self):
+    def step(self) -> None:
         """Apply the masks, for a training loop without an optimizer that the pruner knows."""
         self.apply()
 
-    def bind(self, optimizer):
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Follow the steps of this optimizer, and no more of the one before."""
         self.unbind()
         self.optimizer = optimizer
-        self.step_handle, self.bound = optimizer.register_step_post_hook(self.after_step), True
+        self.step_handle = optimizer.register_step_post_hook(self.after_step)
+        self.bound = True
         self.apply()
 
-    def unbind(self):
+    def unbind(self) -> None:
         if self.step_handle is not None:
             self.step_handle.remove()
-        self.step_handle, self.bound = None, False
+        self.step_handle = None
+        self.bound = False
 
-    def unhook(self):
+    def unhook(self) -> None:
         """Leave the model and the optimizer as if there were no pruner; weights stay as they are."""
         self.unbind()
         for handle in self.handles:
             handle.remove()
         self.handles = []
 
-    def load_model_state_dict(self, state):
+    def load_model_state_dict(self, state: dict) -> None:
         """Load a plain state dict into the model; the masks hold on it."""
         self.model.load_state_dict(state)
         self.apply()
 
-    def export_model(self, model_path, mask_path=None, onnx_path=None, input_shape=None, device=None):
+    def export_model(self, model_path, mask_path=None, onnx_path=None, input_shape=None, device=None) -> None:
         """Save the pruned model: plain names, exact zeros.
 
-        model_path: its state_dict. mask_path: {layer: {'weight': tensor, 'bias': tensor or None}}, zeros and ones of the weight's
-        dtype. onnx_path: the model as ONNX, traced on `device` (None: the CPU) with an input of `input_shape`, batch dimension
-        included. Raises ValueError for a missing input_shape, and when the criterion has not seen a training batch, ImportError
-        where ONNX is not installed; nothing is written then.
+        model_path: its state_dict. mask_path: {layer: {'weight': tensor, 'bias': tensor or None}}, zeros and ones of the
+        weight's dtype. onnx_path: the model as ONNX, traced on `device` (None: the CPU) with an input of `input_shape`, batch
+        dimension included. Raises ValueError for a missing input_shape, and when the criterion has not seen a training batch,
+        ImportError where ONNX is not installed; nothing is written then.
         """
         if onnx_path is not None:
             check_onnx(input_shape)
@@ -169,85 +184,94 @@ class Compressor:
 
     # Masks.
 
-    def set_masks(self, keep):
+    def set_masks(self, keep: Keep | None) -> None:
         """Set the masks to {name: bool tensor, True for each filter or weight to keep}; None keeps all. Does not apply them."""
-        self.keep, self.masks, self.parts = keep, {}, []
+        self.keep = keep
         self.pending = keep is None
+        self.masks = {}
+        self.masked = []  # (a module's dict of parameters, name of one, its mask) of all that has something pruned
         for name, layer in self.layers.items():
-            kept = torch.ones_like(layer.weight, dtype=torch.bool) if keep is None else over(keep[name], layer.weight)
+            if keep is None:
+                weight = torch.ones_like(layer.weight, dtype=torch.bool)
+            else:
+                weight = expand_mask(keep[name], layer.weight)
             bias = None
             if self.FILTERS and getattr(layer, 'bias', None) is not None:
-                bias = kept.flatten(1).any(1) if kept.dim() > 1 else kept.clone()
-            self.masks[name] = {'weight': kept, 'bias': bias}
-            self.part(layer, 'weight', kept)
-            self.part(layer, 'bias', bias)
+                bias = weight.flatten(1).any(1) if weight.dim() > 1 else weight.clone()
+            self.masks[name] = {'weight': weight, 'bias': bias}
+            self.mask_parameter(layer, 'weight', weight)
+            self.mask_parameter(layer, 'bias', bias)
             if self.FILTERS and keep is not None:
-                self.follow(name, keep[name])
-        self.dirty, self.versions = True, None  # to be applied
+                self.mask_neighbour(name, keep[name])
+        self.dirty = True  # to be applied
+        self.versions = None
 
-    def part(self, layer, key, mask):
+    def mask_parameter(self, layer: nn.Module, key: str, mask: torch.Tensor | None) -> None:
         """Remember to multiply a parameter of a layer by a mask, if there is anything to prune."""
         if mask is not None and layer._parameters.get(key) is not None and not bool(mask.all()):
-            self.parts.append((layer._parameters, key, mask.to(layer._parameters[key].dtype)))
+            self.masked.append((layer._parameters, key, mask.to(layer._parameters[key].dtype)))
 
-    def follow(self, name, kept):
-        """What goes with the filters of a convolution: scale and shift of its batch norm."""
+    def mask_neighbour(self, name: str, kept: torch.Tensor) -> None:
+        """What goes with the filters of a convolution, kept [out]: scale and shift of its batch norm."""
         if name in self.norms:
             norm = self.model.get_submodule(self.norms[name])
-            self.part(norm, 'weight', kept)
-            self.part(norm, 'bias', kept)
+            self.mask_parameter(norm, 'weight', kept)
+            self.mask_parameter(norm, 'bias', kept)
 
     @torch.no_grad()
-    def apply(self):
+    def apply(self) -> None:
         """Set what is pruned to zero: weights, and their momentum in the optimizer."""
         self.dirty = False
-        if not self.parts:
+        if not self.masked:
             return
-        parameters = [parameters[key] for parameters, key, _ in self.parts]
-        factors = [factor for *_, factor in self.parts]
-        if factors[0].device != parameters[0].device:
-            factors = [factor.to(parameter.device) for factor, parameter in zip(factors, parameters, strict=True)]
-            self.parts = [(*part[:2], factor) for part, factor in zip(self.parts, factors, strict=True)]
-        tensors = list(parameters)
-        if self.optimizer is not None:
-            for parameter, factor in zip(parameters, list(factors), strict=True):
-                state = self.optimizer.state.get(parameter, {})
-                for key in ('momentum_buffer', 'exp_avg'):  # of SGD, of Adam
-                    if state.get(key) is not None:
-                        tensors.append(state[key])
-                        factors.append(factor)
-        torch._foreach_mul_(tensors, factors)
+        self.move_masks()
+        parameters = [parameters[key] for parameters, key, _ in self.masked]
+        tensors = []
+        masks = []
+        for parameter, (_, _, mask) in zip(parameters, self.masked, strict=True):
+            momentum = momenta(self.optimizer, parameter)
+            tensors += [parameter, *momentum]
+            masks += [mask] * (1 + len(momentum))
+        torch._foreach_mul_(tensors, masks)
         self.versions = [parameter._version for parameter in parameters]
 
-    @torch.no_grad()
-    def mask_gradients(self):
-        """Set the gradients of what is pruned to zero, so that they do not count when gradients are clipped."""
-        pairs = [(parameters[key].grad, factor) for parameters, key, factor in self.parts]
-        if pairs := [pair for pair in pairs if pair[0] is not None]:
-            torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
+    def move_masks(self) -> None:
+        """Keep the masks where the parameters are."""
+        parameters, key, mask = self.masked[0]
+        if mask.device != parameters[key].device:
+            self.masked = [(owner, key, mask.to(owner[key].device)) for owner, key, mask in self.masked]
 
-    def load_masks(self, masks):
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Set the gradients of what is pruned to zero, so that they do not count when gradients are clipped."""
+        pairs = [(parameters[key].grad, mask) for parameters, key, mask in self.masked if parameters[key].grad is not None]
+        if pairs:
+            torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
+
+    def load_masks(self, masks: dict[str, dict]) -> None:
         """Take over masks, as in `masks` or in a file of export_model, and apply them. Raises ValueError for other layers'."""
         if masks.keys() != self.layers.keys():
             raise ValueError(f'the masks are of {", ".join(masks)}; this pruner has {", ".join(self.layers)}')
-        keep = {name: masks[name]['weight'].to(layer.weight.device).bool() for name, layer in self.layers.items()}
-        if odd := [name for name, mask in keep.items() if mask.shape != self.layers[name].weight.shape]:
-            shapes = [tuple(tensor.shape) for tensor in (keep[odd[0]], self.layers[odd[0]].weight)]
-            raise ValueError(f'the mask of {odd[0]} has the shape {shapes[0]}, its weight {shapes[1]}')
-        self.set_masks(
-            {name: mask.flatten(1).any(1) if self.FILTERS and mask.dim() > 1 else mask for name, mask in keep.items()}
-        )
+        keep = {}
+        for name, layer in self.layers.items():
+            mask = masks[name]['weight'].to(layer.weight.device).bool()
+            if mask.shape != layer.weight.shape:
+                shapes = f'the shape {tuple(mask.shape)}, its weight {tuple(layer.weight.shape)}'
+                raise ValueError(f'the mask of {name} has {shapes}')
+            keep[name] = mask.flatten(1).any(1) if self.FILTERS and mask.dim() > 1 else mask
+        self.set_masks(keep)
         self.pending = False
         self.apply()
 
-    def plain_masks(self):
-        """The masks as zeros and ones of the weight's dtype."""
-        return {
-            name: {key: None if mask is None else mask.to('cpu', self.layers[name].weight.dtype) for key, mask in both.items()}
-            for name, both in self.masks.items()
-        }
+    def plain_masks(self) -> dict[str, dict]:
+        """The masks as zeros and ones of the weight's dtype, on the CPU."""
+        plain = {}
+        for name, masks in self.masks.items():
+            dtype = self.layers[name].weight.dtype
+            plain[name] = {key: None if mask is None else mask.to('cpu', dtype) for key, mask in masks.items()}
+        return plain
 
-    def finish(self):
+    def finish(self) -> None:
         """Have the masks made, if they were not, and applied."""
         if self.pending and not self.make_masks():
             raise ValueError(f'{type(self).__name__} has seen no training batch yet, so it cannot know what to prune')
@@ -255,7 +279,7 @@ class Compressor:
 
     # Hooks.
 
-    def hook(self):
+    def hook(self) -> None:
         """Let the masks hold: after each step of the optimizer, and before each forward pass."""
         self.unhook()
         self.handles.append(self.model.register_forward_pre_hook(self.before_forward))
@@ -269,26 +293,37 @@ class Compressor:
         """Apply the masks if anything has changed a masked parameter; if not, do not touch it: a graph may need it as it is."""
         if self.bound and torch.compiler.is_compiling():
             return  # after_step() does, and this would break the graph
-        changed = self.dirty or self.parts and self.versions != [parameters[key]._version for parameters, key, _ in self.parts]
+        changed = self.dirty or self.versions_changed()
         if changed or not self.bound and self.revived():  # updates by hand may go through .data, which counts no version
             self.apply()
 
-    def revived(self):
+    def versions_changed(self) -> bool:
+        if not self.masked:
+            return False
+        return self.versions != [parameters[key]._version for parameters, key, _ in self.masked]
+
+    def revived(self) -> bool:
         """Whether something that is pruned is not zero."""
-        parts = [(parameters[key].detach(), factor) for parameters, key, factor in self.parts]
-        return any(bool((tensor * (1 - factor.to(tensor.device))).any()) for tensor, factor in parts)
+        for parameters, key, mask in self.masked:
+            pruned = 1 - mask.to(parameters[key].device)
+            if bool((parameters[key].detach() * pruned).any()):
+                return True
+        return False
 
     def __deepcopy__(self, memo):
         """A copy of the model, as for a running average, takes a copy of the pruner along in its hooks, but no optimizer."""
-        twin = memo[id(self)] = copy.copy(self)
-        left = {'optimizer': None, 'step_handle': None, 'bound': False, 'handles': [], 'watchers': []}
-        twin.__dict__ = {key: left[key] if key in left else copy.deepcopy(value, memo) for key, value in vars(self).items()}
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        fresh = {'optimizer': None, 'step_handle': None, 'bound': False, 'handles': [], 'watchers': []}
+        for key, value in vars(self).items():
+            setattr(twin, key, fresh[key] if key in fresh else copy.deepcopy(value, memo))
         return twin
 
     # ONNX.
 
     def export_onnx(self, path, input_shape, device):
-        hooked, bound = bool(self.handles), self.bound
+        hooked = bool(self.handles)
+        bound = self.bound
         self.unhook()  # the copy is to have no hooks
         device = torch.device('cpu' if device is None else device)
         model = copy.deepcopy(self.model).to(device).eval()
@@ -302,8 +337,7 @@ class Compressor:
 
 def check_onnx(input_shape):
     """Raises ImportError or ValueError when a model cannot be exported as ONNX."""
-    missing = [name for name in ('onnx', 'onnxscript') if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_onnx_packages():
         raise ImportError(f'ONNX export needs {" and ".join(missing)}: pip install {" ".join(missing)}')
     if input_shape is None:
         raise ValueError('ONNX export needs input_shape, the shape of an input with its batch dimension, as (1, 3, 32, 32)')
@@ -324,7 +358,9 @@ class GlobalPruner(Compressor):
             self.one_sparsity()
 
     def choose(self, scores):
-        return keep_globally(scores, self.one_sparsity(), self.keep) if self.global_sort else super().choose(scores)
+        if not self.global_sort:
+            return super().choose(scores)
+        return keep_globally(scores, self.one_sparsity(), self.keep)
 
 
 class FilterPruner(Compressor):
@@ -336,7 +372,7 @@ class FilterPruner(Compressor):
 class StatisticsPruner(FilterPruner):
     """The base of criteria that have to see statistics_batch_num training batches; the masks are made right after the last.
 
-    Sums are kept, not what was summed. A training batch is a forward pass of the model in training mode with gradients enabled.
+    Sums are kept, not the terms. A training batch is a forward pass of the model in training mode with gradients enabled.
     Where torch.distributed runs, the sums of all processes count.
     """
 
@@ -344,7 +380,10 @@ class StatisticsPruner(FilterPruner):
         super().__init__(model, config_list, optimizer)
         if not is_positive(statistics_batch_num):
             raise ValueError(f'statistics_batch_num must be a whole number, 1 or more, got {statistics_batch_num!r}')
-        self.statistics_batch_num, self.sums, self.counts, self.watchers = statistics_batch_num, {}, {}, []
+        self.statistics_batch_num = statistics_batch_num
+        self.sums = {}  # {layer: [filters], float64}
+        self.counts = {}  # {layer: over how many places each sum goes}
+        self.watchers = []  # handles of the hooks of watch()
 
     def compress(self):
         super().compress()
@@ -357,7 +396,9 @@ class StatisticsPruner(FilterPruner):
     def watch(self):
         """Begin to watch training, and make the masks when enough batches were seen."""
         self.unwatch()
-        self.batches, self.pending, self.old = 0, True, set(self.sums)  # old sums stand until there are new ones
+        self.batches = 0
+        self.pending = True
+        self.old = set(self.sums)  # sums from before, which stand until there are new ones
         self.watchers = self.listen()
 
     def unwatch(self):
@@ -377,7 +418,8 @@ class StatisticsPruner(FilterPruner):
         """Add [filters] values, sums over `count` places, to a layer's sums; what was seen before watch() no longer counts."""
         if name in self.old:
             self.old.remove(name)
-            del self.sums[name], self.counts[name]
+            del self.sums[name]
+            del self.counts[name]
         self.sums[name] = self.sums.get(name, 0) + values.double()
         self.counts[name] = self.counts.get(name, 0) + count
 
@@ -385,20 +427,20 @@ class StatisticsPruner(FilterPruner):
         self.batches += 1
         if self.batches == self.statistics_batch_num:
             self.unwatch()
-            self.gather()
+            self.add_processes()
             self.make_masks()
 
-    def gather(self):
+    def add_processes(self):
         """Add up what the processes of a distributed training have seen, so that their masks are the same."""
         for name in self.sums:
             processes.total(self.sums[name])
             self.counts[name] *= processes.world()  # all see batches of one size
 
-    def watched(self):
+    def watched(self) -> dict:
         """What was seen so far, for a file: tensors and plain types."""
         return {'sums': self.sums, 'counts': self.counts, 'old': sorted(self.old)}
 
-    def load_watched(self, state):
+    def load_watched(self, state: dict) -> None:
         """Take back what watched() gave."""
         self.sums = dict(state['sums'])
         self.counts = dict(state['counts'])
@@ -427,18 +469,18 @@ class ActivationPruner(StatisticsPruner):
         raise NotImplementedError
 
     def listen(self):
-        watched = [layer.register_forward_hook(partial(self.see, name)) for name, layer in self.layers.items()]
+        watched = [layer.register_forward_hook(partial(self.add_output, name)) for name, layer in self.layers.items()]
         return [*watched, self.model.register_forward_hook(self.after_forward)]
 
-    def training(self):
+    def is_training(self):
         return self.model.training and torch.is_grad_enabled()
 
-    def see(self, name, layer, inputs, output):
-        if self.training():
+    def add_output(self, name, layer, inputs, output):
+        if self.is_training():
             values = self.of_activation(self.activation(output.detach().float()))
             others = [dim for dim in range(values.dim()) if dim != values.dim() - 3]  # batch and places
             self.add(name, values.sum(others), values.numel() // values.shape[-3])
 
     def after_forward(self, *_):
-        if self.training():
+        if self.is_training():
             self.batch_done()

@@ -1,6 +1,7 @@
 """Config lists: which layers of a model a pruner takes, and with which settings. NNI's form, checked to the last key."""
 
 import difflib
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -9,31 +10,44 @@ DEFAULT_TYPES = ('Conv1d', 'Conv2d', 'Conv3d', 'ConvTranspose1d', 'ConvTranspose
 DEFAULT_TYPES += ('PReLU', 'Embedding', 'EmbeddingBag')
 
 
-def is_share(value):
+def is_share(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
 
 
-def is_names(value):
+def is_names(value) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
 
-def is_count(value):
+def is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def is_positive(value):
+def is_positive(value) -> bool:
     return is_count(value) and value > 0
 
 
 # What the value of each key must be: the check, and how to say it.
-CHECKS = {key: (is_share, 'a number in [0, 1)') for key in ('sparsity', 'initial_sparsity', 'final_sparsity')}
-CHECKS |= {key: (is_names, 'a list of names') for key in ('op_types', 'op_names')}
-CHECKS |= {key: (is_count, 'a whole number, 0 or more') for key in ('start_epoch', 'end_epoch')}
-CHECKS |= {key: (is_positive, 'a whole number, 1 or more') for key in ('frequency', 'prune_iterations')}
-CHECKS['exclude'] = (lambda value: isinstance(value, bool), 'True or False')
+CHECKS = {
+    'op_types': (is_names, 'a list of names'),
+    'op_names': (is_names, 'a list of names'),
+    'exclude': (lambda value: isinstance(value, bool), 'True or False'),
+    'sparsity': (is_share, 'a number in [0, 1)'),
+    'initial_sparsity': (is_share, 'a number in [0, 1)'),
+    'final_sparsity': (is_share, 'a number in [0, 1)'),
+    'start_epoch': (is_count, 'a whole number, 0 or more'),
+    'end_epoch': (is_count, 'a whole number, 0 or more'),
+    'frequency': (is_positive, 'a whole number, 1 or more'),
+    'prune_iterations': (is_positive, 'a whole number, 1 or more'),
+}
 
 
-def select_layers(model, config_list, required=('sparsity',), optional=(), types=None):
+def select_layers(
+    model: nn.Module,
+    config_list: list[dict],
+    required: tuple[str, ...] = ('sparsity',),
+    optional: tuple[str, ...] = (),
+    types: tuple[str, ...] | None = None,
+) -> tuple[dict[str, nn.Module], dict[str, dict]]:
     """The layers that a config list names -> ({name: layer}, {name: the entry that decides about it}), in the model's order.
 
     A layer matches an entry when its type's name is in `op_types` and its dotted name in `op_names`, as far as the entry has
@@ -65,22 +79,22 @@ def select_layers(model, config_list, required=('sparsity',), optional=(), types
     return {name: layer for name, (layer, *_) in pruned.items()}, {name: entry for name, (_, entry, _) in pruned.items()}
 
 
-def excludes(entry):
+def excludes(entry: dict) -> bool:
     return entry.get('exclude', False)
 
 
-def meant(name, choices):
+def suggestion(name: str, choices: Iterable[str]) -> str:
     """' (did you mean x?)', or nothing."""
     near = difflib.get_close_matches(str(name), list(choices), 1)
     return f' (did you mean {near[0]!r}?)' if near else ''
 
 
-def check_entry(entry, required, optional):
+def check_entry(entry: dict, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
     """Keys and values of one entry. Raises ValueError."""
     allowed = ['op_types', 'op_names', 'exclude', *required, *optional]
     for key, value in entry.items():
         if key not in allowed:
-            raise ValueError(f'unknown key {key!r}{meant(key, allowed)}; expected {", ".join(allowed)}')
+            raise ValueError(f'unknown key {key!r}{suggestion(key, allowed)}; expected {", ".join(allowed)}')
         check, expected = CHECKS[key]
         if not check(value):
             raise ValueError(f'{key} must be {expected}, got {value!r}')
@@ -101,7 +115,7 @@ def matches(model, entry, types):
         check_types(entry['op_types'], kinds, None if excludes(entry) else types)
     for name in entry.get('op_names', ()):
         if name not in modules:
-            raise ValueError(f'the model has no layer {name!r}{meant(name, modules)}')
+            raise ValueError(f'the model has no layer {name!r}{suggestion(name, modules)}')
     wanted = set(entry.get('op_types', kinds))
     wanted |= set(DEFAULT_TYPES) if 'default' in wanted else set()
     named = {name: module for name, module in modules.items() if name in entry.get('op_names', modules)}
@@ -125,6 +139,6 @@ def check_types(op_types, kinds, types):
     known = {*kinds, *DEFAULT_TYPES, 'default'}
     for kind in op_types:
         if kind not in known and not hasattr(nn, kind):
-            raise ValueError(f'unknown op_type {kind!r}{meant(kind, known)}; the model has {", ".join(kinds)}')
+            raise ValueError(f'unknown op_type {kind!r}{suggestion(kind, known)}; the model has {", ".join(kinds)}')
         if types is not None and kind not in types:
             raise ValueError(f'op_type {kind!r}: this pruner takes {" and ".join(types)} only')

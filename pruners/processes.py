@@ -12,10 +12,11 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 
-def start(device):
+def start(device: torch.device) -> None:
     """Join the processes that torchrun has started, if it has."""
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
         if device.type == 'cuda':
@@ -23,36 +24,47 @@ def start(device):
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 
 
-def rank():
+def rank() -> int:
+    """The number of this process, 0 for the first or only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world() -> int:
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wrap(model, idle=False):
-    """The model whose backward averages the gradients over the processes; idle: it has parameters that a forward does not use."""
-    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=idle) if world() > 1 else model
+def wrap(model: nn.Module, idle: bool = False) -> nn.Module:
+    """The model whose backward averages the gradients over the processes.
+
+    idle: it has parameters that a forward pass does not use.
+    """
+    if world() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=idle)
 
 
-def total(tensor):
+def total(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over the processes of a tensor, in place; returns it."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def average(tensors):
+def average(tensors: list[torch.Tensor]) -> None:
     """Replace each floating-point tensor by its mean over the processes, in place."""
-    for tensor in tensors if world() > 1 else ():
+    if world() == 1:
+        return
+    for tensor in tensors:
         dist.all_reduce(tensor)
         tensor /= world()
 
 
-def same_buffers(model):
+def same_buffers(model: nn.Module) -> None:
     """Give all processes the buffers of rank 0: each has batch norm statistics of its own share of the images."""
-    for buffer in model.buffers() if world() > 1 else ():
+    if world() == 1:
+        return
+    for buffer in model.buffers():
         dist.broadcast(buffer, 0)
 
 
@@ -64,13 +76,13 @@ def same(value):
     return box[0]
 
 
-def wait():
+def wait() -> None:
     """Go on when all processes are here: what rank 0 has written can be read then."""
     if world() > 1:
         dist.barrier()
 
 
-def say(text):
+def say(text: str) -> None:
     """Print without disturbing a progress bar, and at once; rank 0 alone does."""
     if rank() == 0:
         tqdm.write(text)

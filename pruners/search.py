@@ -18,7 +18,7 @@ from deploy.files import write_json
 
 from . import processes
 from .compressor import GlobalPruner, StatisticsPruner
-from .selection import agree, least, ranks
+from .selection import join_groups, mark_lowest, pruned_first
 
 LARGEST_SHARE = 1 - 1e-9  # shares stay below 1; each layer keeps a filter in any case
 UNTIL_TOLD = 2**62  # training batches that a criterion watches
@@ -53,8 +53,8 @@ def importance(base, statistics=None):
             base.watch()
             statistics(base.model)
             base.unwatch()
-        return agree(watched_importance(base), base.groups)
-    return agree(base.importance(), base.groups)
+        return join_groups(watched_importance(base), base.groups)
+    return join_groups(base.importance(), base.groups)
 
 
 def watched_importance(base):
@@ -101,7 +101,7 @@ def fingerprint(model, *settings):
 
 def keep_counts(scores, counts):
     """{layer: scores}, {layer: number} -> {layer: bool tensor}, False for that number of least scores."""
-    return {name: ~least(score, counts[name]) for name, score in ranks(scores).items()}
+    return {name: ~mark_lowest(score, counts[name]) for name, score in pruned_first(scores).items()}
 
 
 def sizes(base):

@@ -1,17 +1,26 @@
-"""Which filters or weights go: the least scores of a layer or of all layers, chosen by index so that ties never change a count."""
+"""Which filters or weights go: those of the lowest scores, of a layer or of all layers.
+
+They are chosen by index, so that ties never change a count.
+"""
 
 import math
 
 import torch
 
+Scores = dict[str, torch.Tensor]  # {layer name: scores, [filters] or of the weight's shape}
+Keep = dict[str, torch.Tensor]  # {layer name: bool tensor of the shape of its scores}, True for what is kept
 
-def num_pruned(n, sparsity):
-    """floor(n sparsity); a product within 1e-6 below a whole number is that number, as 0.29 * 100 = 28.999999999999996 shows."""
+
+def num_pruned(n: int, sparsity: float) -> int:
+    """floor(n sparsity).
+
+    A product within 1e-6 below a whole number is that number: 0.29 * 100 = 28.999999999999996 means 29.
+    """
     return math.floor(n * sparsity + 1e-6)
 
 
-def least(scores, number):
-    """Bool tensor of the shape of `scores`, True for its `number` least values; of equal ones the first go first."""
+def mark_lowest(scores: torch.Tensor, number: int) -> torch.Tensor:
+    """A bool tensor of the shape of `scores`: True for its `number` lowest values; of equal ones the first are taken."""
     flat = scores.reshape(-1)
     if number <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -22,71 +31,73 @@ def least(scores, number):
     return chosen.view(scores.shape)
 
 
-def ranks(scores, keep=None):
-    """{name: scores} in float, with minus infinity for what `keep` ({name: bool tensor}) has pruned already.
+def pruned_first(scores: Scores, keep: Keep | None = None) -> Scores:
+    """The scores in float, with minus infinity for what `keep` has pruned already, so that it is chosen first.
 
     Raises ValueError for a score that is not a number.
     """
+    comparable = {}
     for name, score in scores.items():
         if bool(score.isnan().any()):
             raise ValueError(f'the importance of {name} is not a number: its weights or gradients hold NaN')
-    scores = {
-        name: score.float() if score.dtype in (torch.float16, torch.bfloat16) else score for name, score in scores.items()
-    }
-    return scores if keep is None else {name: torch.where(keep[name], score, -math.inf) for name, score in scores.items()}
+        if score.dtype in (torch.float16, torch.bfloat16):
+            score = score.float()
+        comparable[name] = score if keep is None else torch.where(keep[name], score, -math.inf)
+    return comparable
 
 
 @torch.no_grad()
-def keep_by_layer(scores, sparsity, previous=None):
-    """{name: scores}, {name: share to prune} -> {name: bool tensor}, False for the num_pruned(n, share) least of n scores.
+def keep_by_layer(scores: Scores, sparsity: dict[str, float], previous: Keep | None = None) -> Keep:
+    """Keep all but the num_pruned(n, share) lowest of the n scores of each layer, and at least one.
 
-    At least one of each layer is kept. previous: what is kept now, of the same form; what it has pruned is chosen first.
+    sparsity: {name: share to prune}. previous: what is kept now; what it has pruned is chosen first.
     """
     keep = {}
-    for name, score in ranks(scores, previous).items():
+    for name, score in pruned_first(scores, previous).items():
         n = score.numel()
-        keep[name] = ~least(score, min(num_pruned(n, sparsity[name]), n - 1))
+        keep[name] = ~mark_lowest(score, min(num_pruned(n, sparsity[name]), n - 1))
     return keep
 
 
 @torch.no_grad()
-def keep_globally(scores, sparsity, previous=None, sizes=None):
-    """The same with one ranking of all layers: False for the least of all scores, but each layer keeps its largest one.
+def keep_globally(scores: Scores, sparsity: float, previous: Keep | None = None, sizes: dict[str, int] | None = None) -> Keep:
+    """The same with one ranking of all layers: the lowest of all scores go, but each layer keeps its largest one.
 
-    sparsity: a share of all scores. With sizes, {name: weights in a filter}, it is a share of the weights: the filters with the
-    least scores go as long as they fit into it.
+    sparsity: a share of all scores. With sizes, {name: weights in a filter}, it is a share of the weights: the filters with
+    the lowest scores go as long as they fit into it.
     """
-    flat = {name: score.reshape(-1).clone() for name, score in ranks(scores, previous).items()}
+    flat = {name: score.reshape(-1).clone() for name, score in pruned_first(scores, previous).items()}
     for score in flat.values():
-        score[(score == score.max()).nonzero()[-1]] = math.inf  # the last one standing
-    every = torch.cat(list(flat.values()))
+        largest = (score == score.max()).nonzero()[-1]
+        score[largest] = math.inf
+    everything = torch.cat(list(flat.values()))
     if sizes is None:
-        number = num_pruned(every.numel(), sparsity)
+        number = num_pruned(everything.numel(), sparsity)
     else:
         size = torch.cat([torch.full_like(score, sizes[name], dtype=torch.int64) for name, score in flat.items()])
-        order = every.argsort(stable=True)
+        order = everything.argsort(stable=True)
         number = int((size[order].cumsum(0) <= num_pruned(int(size.sum()), sparsity)).sum())
-    kept = ~least(every, min(number, every.numel() - len(flat)))
-    parts = kept.split([score.numel() for score in flat.values()])
-    return {name: part.view(scores[name].shape) for name, part in zip(flat, parts, strict=True)}
+    kept = ~mark_lowest(everything, min(number, everything.numel() - len(flat)))
+    pieces = kept.split([score.numel() for score in flat.values()])
+    return {name: piece.view(scores[name].shape) for name, piece in zip(flat, pieces, strict=True)}
 
 
-def over(keep, weight):
-    """What is kept of a weight's filters (1-d) or of its elements, as a bool mask of the weight's shape."""
-    if keep.dim() < weight.dim():
-        keep = keep.view(-1, *[1] * (weight.dim() - 1))
-    return torch.empty_like(weight, dtype=torch.bool).copy_(keep.expand(weight.shape))  # in the weight's memory layout
+def expand_mask(kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What is kept of a weight's filters, [out], or of its elements, as a bool mask of the weight's shape and memory layout."""
+    if kept.dim() < weight.dim():
+        kept = kept.view(-1, *[1] * (weight.dim() - 1))
+    return torch.empty_like(weight, dtype=torch.bool).copy_(kept.expand(weight.shape))
 
 
-def agree(values, groups):
+def join_groups(values: dict[str, torch.Tensor], groups: list[list[str]]) -> dict[str, torch.Tensor]:
     """Let the layers of each group decide alike: {layer name: tensor [out]} -> the same, with one tensor for all of a group.
 
-    Importance scores are averaged over the group (NNI's dependency-aware pruners sum them, which ranks a layer's filters alike): a
-    layer of larger weights has more say. Bool masks (True: kept) are
-    united: what one layer keeps cannot be removed from the stream. Layers that are in no group, and names of a group that are
-    not in `values`, are left alone. Raises ValueError for a group whose tensors differ in shape.
+    Importance scores are averaged over the group, so that a layer of larger weights has more say. (NNI's dependency-aware
+    pruners sum them, which ranks the filters of a group alike.) Bool masks (True: kept) are united: what one layer keeps
+    cannot be removed from the stream. Layers that are in no group, and names of a group that are not in `values`, are left
+    alone. Raises ValueError for a group whose tensors differ in shape.
     """
-    agreed = dict(values)
+    joined = dict(values)
     for group in groups:
         members = [name for name in group if name in values]
         if len({values[name].shape for name in members}) > 1:
@@ -94,5 +105,5 @@ def agree(values, groups):
         if members:
             stacked = torch.stack([values[name] for name in members])
             together = stacked.any(0) if stacked.dtype == torch.bool else stacked.mean(0)
-            agreed |= {name: together.clone() for name in members}
-    return agreed
+            joined |= {name: together.clone() for name in members}
+    return joined

@@ -20,7 +20,7 @@ import methods.dsp
 from args import parse
 from deploy import formats, network_file
 from methods.dsp import Method
-from pruners.group_learning import GroupWrapper, hard_groups, second_order, strip, terms
+from pruners.group_learning import GroupWrapper, hard_groups, regulariser_terms, remove_groups, second_order_term
 from pruners.group_pruning import PruneWrapper, mask_at, ranking
 from sparse_utils import count_macs
 
@@ -134,7 +134,7 @@ def test_masks_of_the_authors_code(capsys):
 def test_regulariser_by_hand():
     # one input channel, filters 3 and 4 in one group: S = (1 + 1)^2 = 4, L = 5, R = 20
     weight, p = torch.tensor([3.0, 4.0]).view(2, 1, 1, 1), torch.ones(1, 2)
-    found = terms(weight, p)
+    found = regulariser_terms(weight, p)
     assert found.size.item() == 4 and found.inverse.item() == pytest.approx(0.2)
     assert (found.penalty[:, :, None, None] * weight).flatten().tolist() == pytest.approx([2.4, 3.2])  # S W / L
     assert found.to_p.flatten().tolist() == pytest.approx([4 * 1.8 + 5 * 2, 4 * 3.2 + 5 * 2])  # S W^2 / L + L dS/dp, dS/dp = 2
@@ -153,7 +153,7 @@ def test_regulariser_against_autograd():
     weight = torch.randn(6, 5, 3, 2, dtype=torch.float64, requires_grad=True)
     p = torch.randn(3, 6, dtype=torch.float64).softmax(0).requires_grad_()
     to_weight, to_p = torch.autograd.grad(regulariser(weight, p), [weight, p])
-    found = terms(weight.detach(), p.detach())
+    found = regulariser_terms(weight.detach(), p.detach())
     assert torch.allclose(found.penalty[:, :, None, None] * weight, to_weight, rtol=1e-6)
     assert torch.allclose(found.to_p, to_p, rtol=1e-6)
 
@@ -187,12 +187,12 @@ def test_second_order_against_the_formula_and_autograd():
     weight, moved = torch.randn(2, 6, 5, 3, 3, dtype=torch.float64)
     p = torch.randn(3, 6, dtype=torch.float64).softmax(0)
     expected = literal_second_order(literal_terms(weight, p), moved)
-    assert torch.allclose(second_order(terms(weight, p), p, weight, moved), expected, rtol=1e-6)
+    assert torch.allclose(second_order_term(regulariser_terms(weight, p), p, weight, moved), expected, rtol=1e-6)
     # One filter and one input channel: what it approximates, the derivative of dR/dW . D in p, it then is.
     weight, moved, p = weight[:1, :1], moved[:1, :1], torch.tensor([[0.3], [0.7]], dtype=torch.float64, requires_grad=True)
     slope = sum((groups[0] * moved).sum() for groups in literal_terms(weight, p))
     exact = torch.autograd.grad(slope, p)[0]
-    assert torch.allclose(second_order(terms(weight, p.detach()), p.detach(), weight, moved), exact, rtol=1e-6)
+    assert torch.allclose(second_order_term(regulariser_terms(weight, p.detach()), p.detach(), weight, moved), exact, rtol=1e-6)
 
 
 def literal_step(model, optimizer, grouper, x, y, t, total):
@@ -748,7 +748,7 @@ def test_from_one_wrapper_to_the_other_and_back_to_a_plain_network():
     pruner.remove()
     assert list(model.state_dict()) == names
     model.load_state_dict(small().state_dict())  # and no mask is asked for
-    assert list(strip(model).state_dict()) == names
+    assert list(remove_groups(model).state_dict()) == names
 
 
 # ---------------------------------------------------------------------------------------------------------- the pipeline

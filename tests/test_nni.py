@@ -633,7 +633,7 @@ def test_sample_of_the_document(name):
             assert int((~masks['weight']).sum()) == int(0.8 * layer.weight.numel()) == int((layer.weight == 0).sum())
 
 
-# ------------------------------------------------------------------------------------------------------------ in the shared loop
+# --------------------------------------------------------------------------------------------------------- in the shared loop
 
 FILTERS = ['fpgm', 'l1_filter', 'l2_filter', 'apoz', 'mean_activation', 'taylor_fo', 'random_filter']
 

@@ -20,7 +20,7 @@ from deploy.latency import measure_latency
 from deploy.shrinking import dependency_groups, rebuild_optimizer, shrink, take
 from harness.rebuild import rebuild_run
 from harness.shrunk import shrink_run
-from pruners.selection import agree
+from pruners.selection import join_groups
 from sparse_utils import count_macs
 
 
@@ -448,7 +448,7 @@ def masked(model, groups, with_norms=True):
     """Zero a random 30 to 60 % of the filters of each layer, alike within each group -> {layer name: bool mask}."""
     generator, masks, norms = torch.Generator().manual_seed(5), {}, norms_after(model)
     layers = filters(model)
-    scores = agree({name: torch.rand(len(layer.weight), generator=generator) for name, layer in layers.items()}, groups)
+    scores = join_groups({name: torch.rand(len(layer.weight), generator=generator) for name, layer in layers.items()}, groups)
     for name, layer in layers.items():
         share = 0.3 + 0.3 * float(scores[name].double().sum() % 1)  # the same for layers of the same scores
         masks[name] = scores[name] > scores[name].quantile(share)
@@ -569,13 +569,16 @@ def test_the_groups_of_our_networks():
 
 def test_scores_are_summed_and_masks_united_within_a_group():
     scores = {'a': torch.tensor([1.0, 5.0, 2.0]), 'b': torch.tensor([4.0, 0.0, 3.0]), 'c': torch.tensor([7.0])}
-    agreed = agree(scores, [['a', 'b'], ['c', 'not pruned']])
+    agreed = join_groups(scores, [['a', 'b'], ['c', 'not pruned']])
     assert agreed['a'].tolist() == agreed['b'].tolist() == [2.5, 2.5, 2.5] and agreed['c'].tolist() == [7.0]
     assert scores['a'].tolist() == [1.0, 5.0, 2.0] and agreed['a'] is not agreed['b']
     masks = {'a': torch.tensor([True, False, False]), 'b': torch.tensor([False, False, True])}
-    assert agree(masks, [['b', 'a']])['a'].tolist() == [True, False, True] and list(agree(masks, [['b', 'a']])) == ['a', 'b']
+    assert join_groups(masks, [['b', 'a']])['a'].tolist() == [True, False, True] and list(join_groups(masks, [['b', 'a']])) == [
+        'a',
+        'b',
+    ]
     with pytest.raises(ValueError, match='a, c must have the same number'):
-        agree(scores, [['a', 'c']])
+        join_groups(scores, [['a', 'c']])
 
 
 # ------------------------------------------------------------------------------------------------------ training on, time
