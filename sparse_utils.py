@@ -28,44 +28,65 @@ PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)  # Conv1d to Conv3d, the transpo
 # --------------------------------------------------------------------------------------------------------- the operator
 
 
+def feather_formula(weight: torch.Tensor, threshold: torch.Tensor | float, p: float = 3) -> torch.Tensor:
+    """The operator as the paper writes it: sign(w) (|w|^p - T^p)^(1/p) where |w| > T, else 0. feather() computes it faster."""
+    if p == math.inf:
+        return torch.where(weight.abs() > threshold, weight, 0)
+    return weight.sign() * (weight.abs() ** p - threshold**p).clamp(min=0) ** (1 / p)
+
+
+def gradient_mask(sparse: torch.Tensor, theta: float) -> torch.Tensor:
+    """What the gradient is multiplied by: 1 where the weight is kept (`sparse` is not zero), theta where it is pruned."""
+    return sparse.sign().abs_().clamp_(min=theta)
+
+
 class _Feather(torch.autograd.Function):
+    """feather_formula() in fewer passes over memory, which is what it costs: w f, f = (1 - r^p)^(1/p), r = T / max(|w|, T).
+
+    Where |w| <= T, r is 1 and f is exactly 0; elsewhere the division rounds below 1, so that no kept weight becomes zero; at
+    T = 0, f is 1. Powers of large or small weights neither overflow nor underflow.
+    """
+
     @staticmethod
-    def forward(ctx, weight, threshold, p, theta):
-        # P_T(w) = w f with f = (1 - r^p)^(1/p) and r = T / max(|w|, T). Where |w| <= T, r is 1 and f exactly 0; elsewhere the
-        # division rounds below 1, so no kept weight becomes zero; at T = 0, f is 1. All in place: memory traffic is the cost.
-        magnitude = weight.abs()
-        ratio, odd = torch.maximum(magnitude, torch.threshold(threshold, 0, 1), out=magnitude), p % 2 == 1
-        ratio = torch.div(-threshold if odd else threshold, ratio, out=ratio)  # (-r)^p is -(r^p): a pass less
+    def forward(weight, threshold, p, theta):
+        magnitude = weight.abs().clamp_min_(torch.threshold(threshold, 0, 1))  # 1 in place of T = 0: no division by zero
         if p == math.inf:
-            factor = ratio.lt_(1)
+            factor = torch.div(threshold, magnitude).lt_(1)
         elif p == 1:
-            factor = ratio.add_(1)
-        else:  # log1p and exp2 cost half of what pow does
-            power = ratio.pow_(p) if odd else ratio.pow_(p).neg_()
-            factor = power.log1p_().mul_(1 / (p * math.log(2))).exp2_()
+            factor = torch.div(-threshold, magnitude).add_(1)
+        else:
+            if p % 2 == 1:  # (-r)^p is -(r^p): a pass less
+                minus_power = torch.div(-threshold, magnitude).pow_(p)
+            else:
+                minus_power = torch.div(threshold, magnitude).pow_(p).neg_()
+            factor = minus_power.log1p_().mul_(1 / (p * math.log(2))).exp2_()  # half of what another pow costs
+        return factor.mul_(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, threshold, _, theta = inputs
         ctx.theta = theta
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(factor.ceil(), weight, threshold)
-            return factor.mul_(weight)
-        sparse = factor.mul_(weight)
-        if theta != 1:
-            ctx.save_for_backward(sparse)  # the layer keeps it anyway: where it is not zero, the weight was kept
-        return sparse
+            ctx.save_for_backward(output, weight, threshold)
+        elif theta != 1:
+            ctx.save_for_backward(output)  # which the layer keeps anyway
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.needs_input_grad[1]:  # of a trained threshold, Adaptive Sparsity Loss: - sum over pruned weights of g w / b
-            keep, weight, threshold = ctx.saved_tensors
-            to_threshold = -torch.sum(grad * weight * (1 - keep)) / threshold
-            return grad * keep.clamp(min=ctx.theta), to_threshold, None, None
-        if ctx.theta != 1:
-            (sparse,) = ctx.saved_tensors
-            kept = torch.ops.aten.hardshrink_backward(grad, sparse, 0)  # g where kept, else 0
-            grad = kept.lerp_(grad, ctx.theta)  # g where kept, else theta g
-        return grad, None, None, None
+        if ctx.needs_input_grad[
+            1
+        ]:  # of a trained threshold, as adaptive_formula() has it: - sum over pruned weights of g w / b
+            sparse, weight, threshold = ctx.saved_tensors
+            kept = gradient_mask(sparse, 0)
+            to_threshold = -torch.sum(grad * weight * (1 - kept)) / threshold
+            return grad * kept.clamp_(min=ctx.theta), to_threshold, None, None
+        if ctx.theta == 1:
+            return grad, None, None, None
+        (sparse,) = ctx.saved_tensors
+        return gradient_mask(sparse, ctx.theta).mul_(grad), None, None, None
 
 
-def feather(weight, threshold, p=3, theta=1.0):
+def feather(weight: torch.Tensor, threshold: torch.Tensor | float, p: float = 3, theta: float = 1.0) -> torch.Tensor:
     """Feather's thresholding operator with its scaled straight-through gradient (BMVC 2023, section 3).
 
     forward:  sign(w) (|w|^p - T^p)^(1/p) where |w| > T, else 0
@@ -101,13 +122,14 @@ class Feather(nn.Module):
 
 
 @torch.no_grad()
-def global_threshold(weights, ratio, previous=None):
+def global_threshold(weights: list[torch.Tensor], ratio: float, previous: torch.Tensor | float | None = None) -> torch.Tensor:
     """The threshold T that prunes a share `ratio` of all weights: the quantile of all |w|, linearly interpolated.
 
     weights: list of tensors, any shapes, one device. ratio in [0, 1]. The n absolute values are ranked together and T lies at
     position (n-1)*ratio, so |w| <= T holds for floor((n-1)*ratio) + 1 weights (more only where magnitudes tie with T).
     previous: a guess of T, such as the last one, or the line through the last two; it only saves time.
-    Returns a 0-d tensor on the weights' device. Exact. O(n) on a CPU, a few passes over pieces that fit the cache; on a GPU a sort, which the host does not wait for.
+    Returns a 0-d tensor on the weights' device. Exact. O(n) on a CPU, a few passes over pieces that fit the cache; on a GPU a
+    sort, which the host does not wait for.
     Raises ValueError for no weights, a ratio outside [0, 1], and (on a CPU, without `previous`) NaN or infinite weights.
     """
     if not 0 <= ratio <= 1:
@@ -125,8 +147,8 @@ def global_threshold(weights, ratio, previous=None):
     return torch.where(threshold < high, threshold, low.to(dtype))  # rounded up to `high` it would prune one too many
 
 
-def next_threshold(operator):
-    """Where the line through the last two thresholds of a parametrization leads: a guess, for each step; it keeps the last one."""
+def next_threshold(operator: nn.Module) -> torch.Tensor:
+    """A guess for global_threshold: the line through the last two thresholds, one step on. Call it once a step."""
     guess = operator.before.lerp(operator.threshold, 2)
     operator.before.copy_(operator.threshold)
     return guess
@@ -144,38 +166,46 @@ def _neighbours(weights, n, k, next_k, previous):
     if weights[0].device.type != 'cpu':
         ordered = torch.cat(weights).abs_().sort().values
         return ordered[k], ordered[next_k]
-    guess = float(previous) if previous is not None else 0.0
-    for reach in (0.0015, 0.03, None):  # a training step leaves T within 0.15 % of its course, nearly always
-        if reach is None:
-            low, high = _sampled_bracket(weights, n, k)
-        elif guess > 0:
-            low, high = (1 - reach) * guess, (1 + reach) * guess
-        else:
-            continue
+    for low, high in _brackets(weights, n, k, previous):
         below, inside = _between(weights, low, high)
         if k >= below and next_k - below < inside.numel():
-            low = inside.kthvalue(k - below + 1).values
-            above = inside[inside > low]
-            tied = inside.numel() - above.numel() > next_k - below  # the next one is as large, or the same
-            return low, low if tied else above.min()
-    magnitude = torch.cat(weights).abs_()
-    return magnitude.kthvalue(k + 1).values, magnitude.kthvalue(next_k + 1).values
+            return _select(inside, k - below, next_k - below)
+    return _select(torch.cat(weights).abs_(), k, next_k)
 
 
-CHUNK, BLOCK = 2**18, 64  # weights: a chunk and its temporaries stay in the cache; a block is what is skipped at once
+def _select(magnitude, k, next_k):
+    """The values at ranks k and next_k, which is k or k + 1, of a vector."""
+    low = magnitude.kthvalue(k + 1).values
+    above = magnitude[magnitude > low]
+    tied = magnitude.numel() - above.numel() > next_k  # the next one is as large, or the same
+    return low, low if tied else above.min()
+
+
+def _brackets(weights, n, k, previous):
+    """Ever wider (low, high) that should hold ranks k and k + 1: around the guess, then from a sample."""
+    guess = 0.0 if previous is None else float(previous)
+    if guess > 0:
+        for reach in (0.0015, 0.03):  # a training step leaves T within 0.15 % of its course, nearly always
+            yield (1 - reach) * guess, (1 + reach) * guess
+    yield _sampled_bracket(weights, n, k)
+
+
+CHUNK = 2**18  # weights: a chunk and its temporaries stay in the cache
+BLOCK = 64  # weights that are skipped at once
 
 
 def _chunks(weights):
     """The weights as pieces of whole blocks, [blocks, BLOCK]; what is small or does not fill a block is put together."""
     rest = []
-    for piece in (piece for weight in weights for piece in weight.split(CHUNK)):
-        if piece.numel() % BLOCK == 0 and piece.numel() >= CHUNK // 2:
-            yield piece.view(-1, BLOCK)
-        else:
-            rest.append(piece)
-        if sum(piece.numel() for piece in rest) >= CHUNK // 2:
-            yield _whole_blocks(rest)
-            rest = []
+    for weight in weights:
+        for piece in weight.split(CHUNK):
+            if piece.numel() % BLOCK == 0 and piece.numel() >= CHUNK // 2:
+                yield piece.view(-1, BLOCK)
+            else:
+                rest.append(piece)
+            if sum(piece.numel() for piece in rest) >= CHUNK // 2:
+                yield _whole_blocks(rest)
+                rest = []
     if rest:
         yield _whole_blocks(rest)
 
@@ -188,8 +218,11 @@ def _whole_blocks(pieces):
 
 def _between(weights, low, high):
     """(how many magnitudes lie below `low`, those in [low, high]), in few passes of float arithmetic, which is fast."""
-    middle, reach = (low + high) / 2, 0.51 * (high - low) + 1e-6 * high
-    total, balance, inside = 0, [], []
+    middle = (low + high) / 2
+    reach = 0.51 * (high - low) + 1e-6 * high
+    total = 0
+    balance = []
+    inside = []
     for blocks in _chunks(weights):
         offset = blocks.abs().sub_(middle)
         balance.append(offset.sign().sum())  # magnitudes above the middle minus those below it
@@ -206,15 +239,18 @@ def _sampled_bracket(weights, n, k):
     """(low, high) that very probably hold ranks k and k + 1: a sample's quantile is off by about sqrt(q (1 - q) / size)."""
     stride = max(n // min(max(n // 64, 2**14), 2**16), 1)  # small samples are cheap, and large nets want narrow brackets
     sample = torch.cat([weight[::stride] for weight in weights]).abs_()
-    smallest, largest = zip(*(weight.aminmax() for weight in weights if weight.numel()), strict=True)
-    largest = torch.stack([*smallest, *largest]).abs().max()
+    ends = [end for weight in weights if weight.numel() for end in weight.aminmax()]
+    largest = torch.stack(ends).abs().max()
     if not torch.isfinite(largest):
         raise ValueError('the weights hold NaN or infinity')
-    size, q = sample.numel(), k / n
+    size = sample.numel()
+    q = k / n
     margin = 2 + 3 * math.sqrt(q * (1 - q) * size)
-    first, last = math.floor(q * size - margin), math.ceil(q * size + margin)
+    first = math.floor(q * size - margin)
+    last = math.ceil(q * size + margin)
     low = sample.kthvalue(first + 1).values if first > 0 else 0.0
-    return float(low), float(sample.kthvalue(last + 1).values if last < size else largest)
+    high = sample.kthvalue(last + 1).values if last < size else largest
+    return float(low), float(high)
 
 
 # ------------------------------------------------------------------------------------------- sparse layers and plain ones
@@ -399,6 +435,16 @@ def _dense_weight(layer):
 # ------------------------------------------------------------------------------------------------ adaptive sparsity loss
 
 
+def adaptive_formula(weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """w where |w| > b = r std(w) + 1e-6, else 0, as Adaptive Sparsity Loss writes it: b hardshrink(w / b), straight through.
+
+    Autograd gives dL/dw = dL/dw~ and dL/dr = -std(w) * (sum over |w| <= b of dL/dw~ w / b).
+    """
+    b = r.clamp(0, 5) * weight.detach().std() + 1e-6
+    ratio = weight / b
+    return b * (ratio + (nn.functional.hardshrink(ratio, 1.0) - ratio).detach())
+
+
 class AdaptiveThreshold(nn.Module):
     """Adaptive Sparsity Loss as a parametrization: prune |w| <= b = r std(w) + 1e-6, with r in [0, 5] trained.
 
@@ -436,7 +482,8 @@ def iter_sparsify(model, thresh, trainable=True, pthres=1000, *, p=math.inf, the
 
     Every convolution and linear layer with at least `pthres` weights gets a threshold of `thresh` standard deviations of its
     weights, trained unless `trainable` is False. The thresholds are parameters of the model: make the optimizer afterwards.
-    p, theta: the operator as in feather(), the paper's hard straight-through one by default. Works in place and returns the model. Raises ValueError for a thresh outside [0, 5], and when no layer is large enough.
+    p, theta: the operator as in feather(), the paper's hard straight-through one by default. Works in place and returns the
+    model. Raises ValueError for a thresh outside [0, 5], and when no layer is large enough.
 
     Deviations from the authors' code: the loss, the forward pass and the report use the same clamped r; evaluation does not
     move weights; trainable=False freezes r also for the sparsity loss; a layer's size is its real number of weights.

@@ -48,7 +48,9 @@ class Method(Base):
 
     def __init__(self, args):
         super().__init__(args)
-        self.model, self.shares, self.analytic = None, None, None
+        self.model = None
+        self.shares = None
+        self.analytic = None
         self.steps_left = 0
 
     @staticmethod
@@ -70,7 +72,8 @@ class Method(Base):
         target = self.args.ptarget
         thresh = initial_thresh(target, 0.6 if self.args.trainable else 1.0)
         iter_sparsify(model, thresh, self.args.trainable, self.args.pthres)
-        self.model, self.steps_left = model, steps
+        self.model = model
+        self.steps_left = steps
 
     def param_groups(self, model, args):
         return threshold_groups(super().param_groups(model, args), model, self.args)
@@ -84,10 +87,11 @@ class Method(Base):
     def loss(self):
         if not self.args.trainable:
             return None
-        target, each = self.args.ptarget, adaptive_loss(self.model, reduce=False)
+        target = self.args.ptarget
+        layers = adaptive_loss(self.model, reduce=False)
         if self.args.sparsity == 'fixed':
-            return self.args.lv * (each - target).square().mean()
-        overall = (each * self.shares).sum() if self.args.sparsity == 'flops' else adaptive_loss(self.model)
+            return self.args.lv * (layers - target).square().mean()
+        overall = (layers * self.shares).sum() if self.args.sparsity == 'flops' else adaptive_loss(self.model)
         if self.args.sparsity == 'budget':
             return self.args.lv * torch.relu(target - overall)
         return self.args.lv * (overall - target).square()
@@ -110,11 +114,12 @@ class Method(Base):
         return {'steps_left': self.steps_left, 'analytic': self.analytic}
 
     def load_state_dict(self, state):
-        self.steps_left, self.analytic = state['steps_left'], state['analytic']
+        self.steps_left = state['steps_left']
+        self.analytic = state['analytic']
 
 
 def add_loss_args(parser):
-    """The flags that every user of adaptive thresholds has."""
+    """Add the flags that every user of adaptive thresholds has."""
     add = parser.add_argument
     add('--lv', type=nonnegative, default=10.0, help='weight of the sparsity loss (default: %(default)s)')
     add('--r-lr', type=nonnegative, help='learning rate of the thresholds (default: lr / 100); short runs need a larger one')

@@ -46,7 +46,8 @@ class Method(Base):
             '--backbone',
             choices=['global', 'layerwise', 'asl'],
             default='global',
-            help='one threshold for the network, the same ratio in each layer, or thresholds trained by Adaptive Sparsity Loss (default: %(default)s)',
+            help='one threshold for the network, the same ratio in each layer, or thresholds trained by Adaptive Sparsity Loss '
+            '(default: %(default)s)',
         )
 
         add_loss_args(parser)
@@ -76,15 +77,18 @@ class Method(Base):
         self.pruner.update_thresh()
 
     def loss(self):
-        if self.args.backbone == 'asl':
-            return self.args.lv * (adaptive_loss(self.pruner.model) - self.args.ptarget).square()
+        if self.args.backbone != 'asl':
+            return None
+        return self.args.lv * (adaptive_loss(self.pruner.model) - self.args.ptarget).square()
 
     def after_epoch(self, epoch):
         self.pruner.update_thresh(end_of_batch=True)
 
     def metrics(self):
-        threshold = self.pruner.threshold
-        return {'ratio': self.pruner.ratio} | ({'threshold': threshold} if isinstance(threshold, float) else {})
+        metrics = {'ratio': self.pruner.ratio}
+        if self.args.backbone == 'global':  # the others have a threshold a layer
+            metrics['threshold'] = self.pruner.threshold
+        return metrics
 
     def finalize(self, model):
         return self.pruner.desparsify()

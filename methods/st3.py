@@ -34,7 +34,7 @@ from sparse_utils import attach, bake, global_threshold, layers_to_prune, next_t
 from . import Method as Base
 
 
-def l1(weights, ratio, previous=None):
+def l1(weights: dict, ratio: float, previous: dict | None = None) -> dict:
     """ST-3's thresholds: {name: weight} -> {name: 0-d tensor}, one for all: see sparse_utils.global_threshold.
 
     floor((n-1)*ratio) + 1 of all n weights have |w| <= T, more only where magnitudes tie. previous: a guess, for speed.
@@ -43,38 +43,58 @@ def l1(weights, ratio, previous=None):
     return dict.fromkeys(weights, global_threshold(list(weights.values()), ratio, guess))
 
 
-def l1std(weights, ratio, previous=None):
+def l1std(weights: dict, ratio: float, previous: dict | None = None) -> dict:
     """ST-3-sigma's thresholds: as l1, of |w| / std with std = 1 / sqrt(sum(weight.shape)), times each layer's std again."""
-    widths = torch.stack([weight.new_full((), width(weight)) for weight in weights.values()])
-    guess = next(iter(previous.values())) * widths[0] if previous else None
-    scaled = [weight.detach() * wide for weight, wide in zip(weights.values(), widths, strict=True)]
-    return dict(zip(weights, largest_within(global_threshold(scaled, ratio, guess), widths), strict=True))
+    inverse_stds = torch.stack([weight.new_full((), inverse_std(weight)) for weight in weights.values()])
+    guess = next(iter(previous.values())) * inverse_stds[0] if previous else None
+    scaled = [weight.detach() * inverse for weight, inverse in zip(weights.values(), inverse_stds, strict=True)]
+    limit = global_threshold(scaled, ratio, guess)
+    return dict(zip(weights, largest_within(limit, inverse_stds), strict=True))
 
 
-def width(weight):
+def inverse_std(weight: torch.Tensor) -> float:
     """1 / std."""
     return math.sqrt(sum(weight.shape))
 
 
-def largest_within(limit, widths):
-    """The largest T of each layer whose rounded T * width is within the limit: |w| <= T just where |w| * width <= limit."""
-    threshold = limit / widths
+def largest_within(limit: torch.Tensor, inverse_stds: torch.Tensor) -> torch.Tensor:
+    """The largest T of each layer whose rounded T / std is within the limit: |w| <= T just where |w| / std <= limit."""
+    threshold = limit / inverse_stds
     for _ in range(2):  # two floats up is beyond it, and four down again are enough
         threshold = threshold.nextafter(torch.full_like(threshold, math.inf))
     for _ in range(4):
-        threshold = torch.where(threshold * widths > limit, threshold.nextafter(torch.zeros_like(threshold)), threshold)
+        below = threshold.nextafter(torch.zeros_like(threshold))
+        threshold = torch.where(threshold * inverse_stds > limit, below, threshold)
     return threshold
 
 
+def soft_threshold(weight: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
+    """sign(w) (|w| - T) where |w| > T, else 0."""
+    return weight.sign() * (weight.abs() - threshold).relu()
+
+
+def rescaling(weight: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
+    """s of each filter, shape [filters, 1, ...]: 1.01 / (0.01 + (mean(|w| 1[|w| > T]) + 1e-6) / (mean|w| + 1e-6))."""
+    dims = tuple(range(1, weight.dim()))
+    kept = torch.where(weight.abs() > threshold, weight, 0).abs().mean(dims, keepdim=True)
+    return 1.01 / (0.01 + (kept + 1e-6) / (weight.abs().mean(dims, keepdim=True) + 1e-6))
+
+
 class _SoftThreshold(torch.autograd.Function):
+    """rescaling(w, T) * soft_threshold(w, T) in one buffer.
+
+    Memory traffic is the cost: a second buffer, or a mask of bools, more than doubles it.
+    """
+
     @staticmethod
     def forward(ctx, weight, threshold, soft, rescale):
-        # All in one buffer: memory traffic is the cost, and a second buffer, or a mask of bools, more than doubles it.
-        kept, dims = weight.abs(), tuple(range(1, weight.dim()))
-        dense = kept.mean(dims, keepdim=True) if rescale else None
+        dims = tuple(range(1, weight.dim()))
+        kept = weight.abs()
+        if rescale:
+            dense_mean = kept.mean(dims, keepdim=True)
         kept.gt_(threshold).mul_(weight).abs_()  # |w| 1[|w| > T], and NaN where w is
         if rescale:
-            share = (kept.mean(dims, keepdim=True) + 1e-6) / (dense + 1e-6)
+            share = (kept.mean(dims, keepdim=True) + 1e-6) / (dense_mean + 1e-6)
             scale = 1 + (1 - share) / (0.01 + share)  # = 1.01 / (0.01 + share), and exactly 1 where nothing is pruned
         if soft:
             kept.sub_(threshold).relu_()
@@ -86,7 +106,9 @@ class _SoftThreshold(torch.autograd.Function):
         return grad, None, None, None
 
 
-def effective_weight(weight, threshold, soft=True, rescale=True):
+def effective_weight(
+    weight: torch.Tensor, threshold: torch.Tensor | float, soft: bool = True, rescale: bool = True
+) -> torch.Tensor:
     """What a layer computes with under ST-3, of the weight's shape and dtype, with the gradient passed straight through.
 
     weight: [filters, ...]. threshold: T >= 0, a 0-d tensor on the weight's device or a float; 0 returns the weight unchanged.
@@ -102,7 +124,9 @@ class STEPrunedLayer(nn.Module):
 
     def __init__(self, soft=True, rescale=True, groups=None):
         super().__init__()
-        self.soft, self.rescale, self.groups = soft, rescale, groups
+        self.soft = soft
+        self.rescale = rescale
+        self.groups = groups
         self.register_buffer('threshold', torch.zeros(()))
         self.register_buffer('before', torch.zeros(()), persistent=False)  # the threshold before; for speed alone
 
@@ -117,12 +141,22 @@ class STEPrunedLayer(nn.Module):
 
 def progress(done, start, end, power):
     """1 - (1 - t)^power after `done` steps, with t from 0 at `start` to 1 at `end`, in steps."""
-    return 1 - (1 - min(max((done - start) / (end - start), 0.0), 1.0)) ** power
+    share = min(max((done - start) / (end - start), 0.0), 1.0)
+    return 1 - (1 - share) ** power
 
 
 class Method(Base):
-    DEFAULTS = dict(model='resnet20', dataset='cifar10', epochs=160, batch_size=128, lr=0.1)
-    DEFAULTS |= dict(lr_schedule='multistep', wd=1e-4, clip=3.0, pad_mode='edge')
+    DEFAULTS = {
+        'model': 'resnet20',
+        'dataset': 'cifar10',
+        'epochs': 160,
+        'batch_size': 128,
+        'lr': 0.1,
+        'lr_schedule': 'multistep',
+        'wd': 1e-4,
+        'clip': 3.0,
+        'pad_mode': 'edge',
+    }
 
     def __init__(self, args):
         super().__init__(args)
@@ -137,11 +171,15 @@ class Method(Base):
         if not args.power > 0:
             raise ValueError(f'--power must be positive, got {args.power:g}')
         self.criterion = l1std if args.sigma else l1
-        self.layers, self.weights, self.operators, self.ratio = {}, {}, {}, 0.0
+        self.layers = {}
+        self.weights = {}
+        self.operators = {}
+        self.ratio = 0.0
 
     @staticmethod
     def add_args(parser):
-        add, switch = parser.add_argument, argparse.BooleanOptionalAction
+        add = parser.add_argument
+        switch = argparse.BooleanOptionalAction
         add('--sigma', action=switch, default=False, help='ST-3-sigma: rank |w| in units of 1 / sqrt(sum(weight.shape))')
         epoch = {'type': float, 'metavar': 'EPOCH'}
         add('--start-epoch', **epoch, help='where the ramp starts (default: 1/32 of the epochs; the paper: 5 of 160)')
@@ -172,26 +210,32 @@ class Method(Base):
 
     def update(self, done):
         """The ratio, and the thresholds for the weights as they are, after `done` steps."""
-        start, end = self.start * self.batches, self.end * self.batches
+        start = self.start * self.batches
+        end = self.end * self.batches
         share = progress(done, start, end, self.args.power) if self.args.ramp else float(done >= start)
         self.ratio = self.args.ptarget * share
         name, first = next(iter(self.operators.items()))
         guess = {name: next_threshold(first)}
-        new = self.criterion(self.weights, self.ratio, guess) if self.ratio > 0 else {}
+        if self.ratio == 0:
+            thresholds = dict.fromkeys(self.weights, 0.0)
+        else:
+            thresholds = self.criterion(self.weights, self.ratio, guess)
         for name, operator in self.operators.items():
-            operator.threshold.copy_(new[name]) if new else operator.threshold.zero_()
+            operator.threshold.fill_(thresholds[name])
 
     def after_step(self, step, batch):
         self.update(step + 1)  # no weight changes from here to the next forward: after_epoch has nothing left to do
 
     def metrics(self):
         name, operator = next(iter(self.operators.items()))
-        unit = width(self.weights[name]) if self.args.sigma else 1.0  # sigma: the threshold in units of std
+        unit = inverse_std(self.weights[name]) if self.args.sigma else 1.0  # sigma: the threshold in units of std
         return {'ratio': self.ratio, 'threshold': operator.threshold.item() * unit}
 
     def finalize(self, model):
         bake(self.layers.values())
-        self.layers, self.weights, self.operators = {}, {}, {}
+        self.layers = {}
+        self.weights = {}
+        self.operators = {}
         return model
 
     def state_dict(self):

@@ -19,6 +19,7 @@ from args import parse
 from methods.asl import finish_exactly
 from sparse_utils import (
     Pruner,
+    adaptive_formula,
     adaptive_layers,
     adaptive_loss,
     count_zeros,
@@ -75,21 +76,34 @@ def test_forward_and_gradients_by_hand():
     assert adaptive_layers(layer)[''][0].r.grad.item() == pytest.approx(-std / (std + 1e-6), rel=1e-6)
 
 
-def test_gradient_to_r_is_that_of_the_operator_it_comes_from():
-    """b * hardshrink(w / b, 1) with the inner step straight through, written out with autograd."""
+def test_forward_and_gradients_are_those_of_the_formula():
     torch.manual_seed(0)
     layer = nn.Linear(50, 20)
     iter_sparsify(layer, 0.9, pthres=1)
-    weight, operator = layer.parametrizations.weight.original, adaptive_layers(layer)[''][0]
-    weight.data -= weight.data.mean()
+    operator = adaptive_layers(layer)[''][0]
+    centred = layer.parametrizations.weight.original.detach().clone()
+    centred -= centred.mean()
+    centred.requires_grad_()
     g = torch.randn(20, 50)
-    (layer.weight * g).sum().backward()
+    sparse = layer.weight
+    (sparse * g).sum().backward()
     r = torch.tensor(0.9, requires_grad=True)
-    b = r * weight.detach().std() + 1e-6
-    inner = weight.detach() / b
-    through = inner + (F.hardshrink(inner, 1.0) - inner).detach()
-    (b * through * g).sum().backward()
+    expected = adaptive_formula(centred, r)
+    (expected * g).sum().backward()
+    assert torch.equal(sparse == 0, expected == 0) and (sparse == 0).any()
+    torch.testing.assert_close(sparse, expected)
+    torch.testing.assert_close(layer.parametrizations.weight.original.grad, centred.grad)
     assert operator.r.grad.item() == pytest.approx(r.grad.item(), rel=1e-4)
+
+
+def test_formula_by_hand():
+    weight = torch.tensor([-3.0, -1.0, 1.0, 3.0], requires_grad=True)  # std sqrt(20/3)
+    r = torch.tensor(1.0, requires_grad=True)
+    sparse = adaptive_formula(weight, r)
+    torch.testing.assert_close(sparse, torch.tensor([-3.0, 0, 0, 3.0]))
+    sparse.backward(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    torch.testing.assert_close(weight.grad, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert r.grad.item() == pytest.approx(-1.0, rel=1e-5)  # -(2 * -1 + 3 * 1), as std / b is 1 but for the 1e-6
 
 
 def test_analytic_sparsity_by_hand():

@@ -14,7 +14,17 @@ from helpers import LAYERS, GoldenNet, Sharing
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sparse_utils import Feather, Pruner, count_macs, count_zeros, feather, global_threshold, prunable_layers
+from sparse_utils import (
+    Feather,
+    Pruner,
+    count_macs,
+    count_zeros,
+    feather,
+    feather_formula,
+    global_threshold,
+    gradient_mask,
+    prunable_layers,
+)
 
 HERE = Path(__file__).parent
 
@@ -104,6 +114,25 @@ def test_no_kept_weight_becomes_zero(p, dtype):
     assert out.dtype == dtype
 
 
+def test_formula_and_gradient_mask_by_hand():
+    weight = torch.tensor([-2.0, -0.5, 0.0, 1.0, 3.0], dtype=torch.float64)
+    for p, kept in ((1, [1.0, 2.0]), (3, [7 ** (1 / 3), 26 ** (1 / 3)]), (math.inf, [2.0, 3.0])):  # at T = 1
+        expected = torch.tensor([-kept[0], 0, 0, 0, kept[1]], dtype=torch.float64)
+        torch.testing.assert_close(feather_formula(weight, 1.0, p), expected)
+    assert gradient_mask(torch.tensor([-3.0, 0.0, 1e-30]), 0.25).tolist() == [1, 0.25, 1]
+
+
+@pytest.mark.parametrize('p', [1, 2.5, 3, math.inf])
+def test_gradient_of_a_trained_threshold_is_that_of_the_formula_with_the_kept_part_straight_through(p):
+    """dL/dT = -sum over pruned weights of g w / T: with T (P(w/T) straight through) as Adaptive Sparsity Loss has it."""
+    torch.manual_seed(0)
+    weight, g = torch.randn(2, 500, dtype=torch.float64)
+    threshold = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    (feather(weight, threshold, p, 0.5) * g).sum().backward()
+    pruned = weight.abs() <= 0.6
+    assert threshold.grad.item() == pytest.approx(-(g * weight)[pruned].sum().item() / 0.6, rel=1e-12)
+
+
 def test_operator_shows_nan_and_large_p_neither_over_nor_underflows():
     assert feather(torch.tensor([math.nan, 1.0]), 0.5).isnan().tolist() == [True, False]
     weight = torch.tensor([1e-5, 2e-5, 1e5])
@@ -114,9 +143,8 @@ def test_operator_shows_nan_and_large_p_neither_over_nor_underflows():
 def test_operator_is_the_papers_formula():
     torch.manual_seed(0)
     weight = torch.randn(1000, dtype=torch.float64)
-    for p in (1, 2, 3, 7.5):
-        reference = weight.sign() * (weight.abs() ** p - 0.7**p).clamp(min=0) ** (1 / p)
-        torch.testing.assert_close(feather(weight, 0.7, p), reference, rtol=1e-9, atol=1e-12)
+    for p in (1, 2, 3, 7.5, math.inf):
+        torch.testing.assert_close(feather(weight, 0.7, p), feather_formula(weight, 0.7, p), rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match='p must be 1 or more'):
         feather(weight, 0.7, p=0.5)
     with pytest.raises(ValueError, match='theta must lie'):

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 import archs
 from args import parse
 from harness.result import totals
-from methods.st3 import Method, STEPrunedLayer, effective_weight, l1, l1std, progress
+from methods.st3 import Method, STEPrunedLayer, effective_weight, l1, l1std, progress, rescaling, soft_threshold
 from sparse_utils import count_macs, count_zeros, prunable_layers
 
 GOLD = np.load(Path(__file__).parent / 'golden' / 'st3.npz')
@@ -96,6 +96,26 @@ def test_threshold_zero_is_the_dense_weight_and_no_kept_weight_becomes_zero(soft
     )
     out = effective_weight(torch.tensor([[math.nan, 1.0], [2.0, 0.01]]), 0.5, soft, rescale)
     assert out.isnan()[0, 0] and not out[1].isnan().any()
+
+
+@pytest.mark.parametrize('threshold', [0.0, 0.4, 10.0])
+def test_the_kernel_is_the_formula(threshold):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 5, 3, 3, dtype=torch.float64)
+    scale = rescaling(weight, threshold)
+    soft = soft_threshold(weight, threshold)
+    hard = torch.where(weight.abs() > threshold, weight, 0)
+    for how, expected in [((True, True), scale * soft), ((True, False), soft), ((False, True), scale * hard)]:
+        torch.testing.assert_close(effective_weight(weight, threshold, *how), expected)
+    torch.testing.assert_close(effective_weight(weight, threshold, False, False), hard)
+
+
+def test_formulas_by_hand():
+    weight = torch.tensor([[3.0, -1.0, -2.0, 2.0], [0.5, -0.5, 1.0, 0.0]])
+    assert soft_threshold(weight, 1.0).tolist() == [[2, 0, -1, 1], [0, 0, 0, 0]]
+    # of the first filter 7 of 8 of the magnitude is kept, of the second nothing
+    expected = [[1.01 / (0.01 + (7 / 4 + 1e-6) / (8 / 4 + 1e-6))], [1.01 / (0.01 + 1e-6 / (0.5 + 1e-6))]]
+    torch.testing.assert_close(rescaling(weight, 1.0), torch.tensor(expected))
 
 
 def test_thresholds_by_hand():
