@@ -1,19 +1,33 @@
 """What several test files use: main.py on something tiny, kills at any write, small networks and data."""
 
 import contextlib
+import functools
 import json
 import math
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import main as program
 from deploy import files
+from harness import data
 
 ROOT = Path(__file__).parent.parent
 TINY = ['--dataset=digits', '--model=resnet20', '--width=4', '--limit-train=96', '--batch-size=32', '--epochs=3', '--no-cuda']
+
+
+read_all_digits = data.read_digits  # before conftest.py puts the next function in its place
+
+
+@functools.cache
+def read_few_digits():
+    """The digits with the first 64 test images only: a run of the tests would spend half its time on the other 295."""
+    train, (images, labels), source = read_all_digits()
+    return train, (images[:64], labels[:64]), source
 
 
 def run_main(out, *words):
@@ -81,7 +95,7 @@ def kill_at(monkeypatch, number, halfway=False):
 
 def kill_everywhere(tmp_path, monkeypatch, words, halfway=False):
     """Kill a run at its first, second, ... write, start it again, and compare the end -> how many writes there are."""
-    whole, expected = run_main(tmp_path / 'whole', *words)
+    whole = run_main(tmp_path / 'whole', *words)
     for number in range(1, 1000):
         out = tmp_path / str(number)
         with monkeypatch.context() as patch:
@@ -90,11 +104,36 @@ def kill_everywhere(tmp_path, monkeypatch, words, halfway=False):
                 run_main(out, *words)
         if len(calls) < number:
             return len(calls)
+        assert_ends_as(whole, out, words)
+
+
+def run_with_copies(out, words):
+    """main.py -> (result.json, model.pt, folders): what a kill after the first, second, ... write would leave, one folder each.
+
+    What a run writes depends on its arguments alone, so a copy of the folder made at that moment is what the kill would leave,
+    and costs no second run.
+    """
+    write, copies = files.write_atomically, []
+
+    def write_and_copy(path, content):
+        write(path, content)
+        copies.append(out.with_name(f'{out.name}-{len(copies) + 1}'))
+        shutil.copytree(out, copies[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, 'write_atomically', write_and_copy)
         result, state = run_main(out, *words)
-        assert same_state(state, expected), f'killed at write {number}, of {calls[-1]}'
-        assert len((out / 'log.jsonl').read_text().splitlines()) == result['epochs'] == whole['epochs']
-        for key in ('accuracy', 'best_accuracy', 'zeros', 'macs_nonzero'):
-            assert result[key] == whole[key]
+    return result, state, copies
+
+
+def assert_ends_as(whole, out, words):
+    """Start the run in `out` again; it must end like the one whose (result, state) is `whole`."""
+    left = sorted(path.name for path in out.iterdir())
+    result, state = run_main(out, *words)
+    assert same_state(state, whole[1]), f'it was killed when there were {left}'
+    assert len((out / 'log.jsonl').read_text().splitlines()) == result['epochs'] == whole[0]['epochs']
+    for key in ('accuracy', 'best_accuracy', 'zeros', 'macs_nonzero'):
+        assert result[key] == whole[0][key]
 
 
 class Residual(nn.Module):

@@ -16,6 +16,7 @@ import make_data
 import numpy as np
 import pytest
 import torch
+from helpers import read_all_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import data
@@ -265,7 +266,8 @@ def test_same_statistics_as_torchvision_transforms():
 # Reading the sets
 
 
-def test_digits():
+def test_digits(monkeypatch):
+    monkeypatch.setattr(data, 'read_digits', read_all_digits)
     digits = pytest.importorskip('sklearn.datasets').load_digits()
     loaded = load('digits')
     assert (loaded.source, loaded.num_classes, loaded.in_channels, loaded.image_size) == ('bundled', 10, 1, 8)

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from helpers import EXACT, QUICK, TINY, kill_everywhere, read_run, run_main, same_state
+from helpers import EXACT, QUICK, TINY, assert_ends_as, kill_everywhere, read_run, run_main, run_with_copies, same_state
 
 import archs
 import main as program
@@ -26,9 +26,19 @@ def test_every_method_is_a_method():
         methods.load('fether')
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_run_leaves_what_it_says(name, tmp_path):
-    result, state = run_main(tmp_path, f'--method={name}', '--ptarget=0.8', *QUICK.get(name, []))
+@pytest.fixture(scope='module', params=NAMES)
+def run(request, tmp_path_factory):
+    """One short run of each method, which the tests below share: its words, folder, result, state, and what kills would leave."""
+    name = request.param
+    epochs = 1 if any('finetune' in word for word in QUICK.get(name, [])) else 2  # more stages come behind
+    words = [f'--method={name}', '--ptarget=0.8', f'--epochs={epochs}', *QUICK.get(name, []), '--seed=7']
+    out = tmp_path_factory.mktemp(name) / 'run'
+    result, state, copies = run_with_copies(out, words)
+    return Namespace(name=name, words=words, out=out, result=result, state=state, copies=copies)
+
+
+def test_run_leaves_what_it_says(run):
+    result, state = run.result, run.state
     model = archs.build('resnet20', 10, width=4, in_channels=1)
     assert result['gives'] in ('zeros', 'a smaller network', 'the dense network')
     if result['gives'] != 'a smaller network':
@@ -40,32 +50,29 @@ def test_run_leaves_what_it_says(name, tmp_path):
         everything = list(model.parameters())
         share = sum(int((p == 0).sum()) for p in everything) / sum(p.numel() for p in everything)
         assert result['sparsity_all'] == pytest.approx(share)
-    if name in EXACT:
-        assert result['zeros'] == EXACT[name](result['weights'], 0.8)
-    assert result['accuracy'] == last_line(tmp_path)['accuracy']  # the finished network is the one of the last epoch
+    if run.name in EXACT:
+        assert result['zeros'] == EXACT[run.name](result['weights'], 0.8)
+    assert result['accuracy'] == last_line(run.out)['accuracy']  # the finished network is the one of the last epoch
 
 
 def last_line(folder):
     return json.loads((folder / 'log.jsonl').read_text().splitlines()[-1])
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_same_seed_same_result(name, tmp_path):
-    words = [f'--method={name}', '--epochs=2', *QUICK.get(name, []), '--seed=7']
-    one, two = run_main(tmp_path / 'a', *words)[1], run_main(tmp_path / 'b', *words)[1]
-    other = run_main(tmp_path / 'c', *words[:-1], '--seed=8')[1]
-    assert same_state(one, two) and not same_state(one, other)
+def test_same_seed_same_result(run, tmp_path):
+    again = run_main(tmp_path / 'again', *run.words)[1]
+    other = run_main(tmp_path / 'other', *run.words[:-1], '--seed=8')[1]
+    assert same_state(run.state, again) and not same_state(run.state, other)
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_killed_after_any_write_it_ends_bit_identical(name, tmp_path, monkeypatch):
-    # at least: arguments, log and checkpoint of two epochs, model, result
-    epochs = 1 if any('finetune' in word for word in QUICK.get(name, [])) else 2  # more stages come behind
-    words = [f'--method={name}', '--ptarget=0.8', f'--epochs={epochs}', *QUICK.get(name, [])]
-    assert kill_everywhere(tmp_path, monkeypatch, words) >= 7
+def test_killed_after_any_write_it_ends_bit_identical(run):
+    assert len(run.copies) >= 7  # arguments, log and checkpoint of two epochs, model, result
+    for copy in run.copies:
+        assert_ends_as((run.result, run.state), copy, run.words)
 
 
 def test_killed_within_any_write_it_ends_bit_identical(tmp_path, monkeypatch):
+    """Here the process really ends at the write, in the middle of a file."""
     assert kill_everywhere(tmp_path, monkeypatch, ['--epochs=2'], halfway=True) == 7
 
 
@@ -121,7 +128,10 @@ class TwoStages(Method):
 
 def test_a_pipeline_resumes_in_every_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, 'load', lambda name: TwoStages)
-    assert kill_everywhere(tmp_path, monkeypatch, []) == 11  # arguments, log and checkpoint of four epochs, model, result
+    result, state, copies = run_with_copies(tmp_path / 'run', [])
+    assert len(copies) == 11  # arguments, log and checkpoint of four epochs, model, result
+    for copy in copies:
+        assert_ends_as((result, state), copy, [])
 
 
 def test_failure_is_recorded_with_its_reason(tmp_path, monkeypatch, capsys):
