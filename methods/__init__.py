@@ -59,7 +59,7 @@ class Method:
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            reason = ' '.join(str(error).split())[:200]
+            reason = ' '.join(f'{error}'.split())[:200]  # not str(): once methods/str.py is loaded, that name is the module
             raise ValueError(f'the weights of --from do not fit {self.args.model}: {reason}') from None
 
     def prepare(self, model: nn.Module, steps: int, args: Namespace) -> None:

@@ -36,6 +36,7 @@ from deploy.shrinking import dependency_groups
 from pruners import processes, search
 from pruners.cost import COSTS, ShrunkCost, own_cost, usual_example
 from pruners.processes import say
+from pruners.selection import pruned_first
 
 from ._algorithms import algorithm
 from ._flags import fraction, nonnegative, positive

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import main as program
+import methods
+from args import parse
 from deploy import files
 from harness import data
+from harness.training import make_optimizer, one_step
 
 ROOT = Path(__file__).parent.parent
 TINY = ['--dataset=digits', '--model=resnet20', '--width=4', '--limit-train=96', '--batch-size=32', '--epochs=3', '--no-cuda']
@@ -53,6 +57,7 @@ EXACT = {
     'lrr': lambda n, target: round(target * n),
     'probmask': lambda n, target: n - round((1 - target) * n),
 }
+EXACT |= dict.fromkeys(['static', 'rigl', 'granet'], EXACT['gmp'])  # set too, but what it grows into dead units stays zero
 # Shorter pipelines; what they do is the same
 QUICK = {
     'dsp': ['--group-epochs=1', '--finetune-epochs=2', '--cycles=2', '--val-size=0'],
@@ -70,6 +75,7 @@ QUICK |= {
 }
 ONE_SHOT = ['level', 'slim', 'fpgm', 'l1_filter', 'l2_filter', 'apoz', 'mean_activation', 'taylor_fo', 'agp', 'random_filter']
 QUICK |= {name: ['--finetune-epochs=1'] for name in ONE_SHOT}
+QUICK |= {name: ['--frequency=2'] for name in ('rigl', 'granet')}  # runs are shorter than their usual frequency
 
 
 class Killed(BaseException):
@@ -251,3 +257,35 @@ def log_of(folder):
 def weights_of(state):
     """The prunable weights of a state dict, as one vector."""
     return torch.cat([tensor.flatten() for tensor in state.values() if tensor.dim() > 1])
+
+
+def small():
+    """A network of 784 prunable weights in two layers, for images [B, 2, 6, 6] of 5 classes."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+
+
+def method_on(model, name, *words, steps=30):
+    """(method, fit) on a model, as the loop has them before the first of `steps` steps; the words are main.py's."""
+    method = methods.load(name)(parse([*TINY, f'--method={name}', *words]))
+    method.prepare(model, steps, method.args)
+    fit = Namespace(args=method.args, batches=steps // method.args.epochs, model=model, forward=model)
+    fit.optimizer = make_optimizer(method.args, method.param_groups(model, method.args))
+    fit.criterion, fit.autocast, fit.example = nn.CrossEntropyLoss(), contextlib.nullcontext(), torch.zeros(1, 2, 6, 6)
+    method.attach(fit)
+    return method, fit
+
+
+def random_batch(step):
+    """Images and labels for small(), different ones at each step."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randn(8, 2, 6, 6, generator=generator), torch.randint(0, 5, (8,), generator=generator)
+
+
+def train_on_noise(method, fit, steps):
+    """Train on random batches, with the end of each epoch -> yields each step of `steps` when it is done."""
+    for step in steps:
+        one_step(method, fit, step, random_batch(step))
+        yield step
+        if (step + 1) % fit.batches == 0:
+            method.after_epoch(step // fit.batches)
