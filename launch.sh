@@ -4,6 +4,7 @@
 #   ./launch configs/feather --list         its rows, their state and expected time; runs nothing
 #   ./launch tests [pytest flags]           the test suite
 #   ./launch verify [--data-dir DIR]        check every published weight file
+#   ./launch python [arguments]             the Python that is taken, for anything else
 # Takes the Python that is active (or $PYTHON) when it has what requirements.txt asks for, else makes .venv here. It may be called
 # from any folder: paths in its arguments, and runs/, are those of the folder it is called from.
 set -euo pipefail
@@ -55,6 +56,9 @@ if [ "${1:-}" = tests ]; then
   shift
   cd "$here"
   exec "$python" -m pytest -n auto --maxprocesses=8 "$@" # a test uses one core
+fi
+if [ "${1:-}" = python ]; then
+  exec "$python" "${@:2}"
 fi
 call() { # a function of this repository, whatever files lie in the folder it is called from
   exec "$python" -c "import sys; sys.path[0] = sys.argv.pop(1); from harness.$1 import $2 as main; sys.exit(main())" "$here" "${@:3}"
