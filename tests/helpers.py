@@ -4,6 +4,8 @@ import contextlib
 import functools
 import json
 import math
+import multiprocessing
+import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -32,6 +34,35 @@ def read_few_digits():
     """The digits with the first 64 test images only: a run of the tests would spend half its time on the other 295."""
     train, (images, labels), source = read_all_digits()
     return train, (images[:64], labels[:64]), source
+
+
+SERVER = multiprocessing.get_context('forkserver')
+SERVER.set_forkserver_preload(['helpers', 'torch.utils.tensorboard', 'sklearn.datasets'])
+
+
+def main_in_child(words, output, environment, before):
+    """What start_main() starts: main.py of these words, in a process that has imported everything already."""
+    with open(output, 'ab') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    data.read_digits = read_few_digits
+    if before is not None:
+        before()
+    program.main(words)
+
+
+def start_main(words, output, environment=None, before=None):
+    """main.py as a process of its own, begun in a tenth of a second -> multiprocessing.Process; what it prints goes to `output`.
+
+    It is forked from a clean process that has imported torch and the rest once. before() is called in it first.
+    """
+    process = SERVER.Process(target=main_in_child, args=([*map(str, words)], output, environment or {}, before))
+    with pytest.MonkeyPatch.context() as patch:  # for the server, which starts with the first process
+        patch.setenv('PYTHONPATH', f'{ROOT}{os.pathsep}{ROOT / "tests"}')
+        process.start()
+    return process
 
 
 def run_main(out, *words):

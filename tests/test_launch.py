@@ -1,16 +1,20 @@
 """The launcher, the tables, and the README's promises about them."""
 
+import ast
+import functools
 import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, same_state
+from helpers import ROOT, same_state, start_main
 
 import args as arguments
 from harness import launch
@@ -33,10 +37,21 @@ def config(tmp_path):
     return path
 
 
-def run_launcher(monkeypatch, *words):
+def forked(command, check, stdout=None, stderr=None, env=None):
+    """subprocess.run for the launcher: main.py starts in a tenth of a second, as torch is imported there already."""
+    python, script, *words = command
+    assert (python, script) == (sys.executable, ROOT / 'main.py') and not check
+    with tempfile.NamedTemporaryFile('r') as file:
+        process = start_main(words, stdout.name if stdout else file.name, env)
+        process.join()
+        print(file.read())
+    return subprocess.CompletedProcess(command, process.exitcode)
+
+
+def run_launcher(monkeypatch, *words, start=forked):
     """launch.main() in this process; the runs it starts are processes of their own -> exit status."""
     monkeypatch.setattr(sys, 'argv', ['launch', *map(str, words)])
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setattr(launch, 'subprocess', SimpleNamespace(run=start, STDOUT=subprocess.STDOUT))
     try:
         launch.main()
     except SystemExit as stop:
@@ -50,8 +65,12 @@ def test_a_table_from_start_to_end(config, tmp_path, monkeypatch, capfd):
     listed = capfd.readouterr().out
     assert listed.count('not run') == 4 and '0.1 min' in listed and 'time not known' in listed and not runs.exists()
 
+    only = ['--row=dense', '--seed=0', f'--runs={runs}']
+    assert run_launcher(monkeypatch, config, *only, start=subprocess.run) == 0  # as users start it
+    assert 'train 1/1' in capfd.readouterr().out
     assert run_launcher(monkeypatch, config, f'--runs={runs}') == 0
     printed = capfd.readouterr().out
+    assert re.search(r'tiny dense, seed 0: finished\n.*tiny dense, seed 1: not run', printed)
     results = {path.parent.name: json.loads(path.read_text()) for path in runs.rglob('result.json')}
     assert sorted(results) == ['dense-s0', 'dense-s1', 'sparse-s0', 'sparse-s1']
     assert results['sparse-s1']['args']['seed'] == 1 and results['sparse-s1']['args']['ptarget'] == 0.9
@@ -197,7 +216,10 @@ def test_names_with_and_without_yaml_and_folders():
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').rglob('*.yaml')), ids=lambda path: path.stem)
-def test_every_row_of_every_config_parses_and_begins_dense(path):
+def test_every_row_of_every_config_parses_and_begins_dense(path, monkeypatch):
+    monkeypatch.setattr(
+        arguments, 'load_table', functools.cache(arguments.load_table)
+    )  # a table is read once, not for each row
     table = arguments.load_table(path)
     for row in table['rows']:
         arguments.parse([f'--config={path}', f'--row={row["id"]}'])
@@ -207,8 +229,8 @@ def test_every_row_of_every_config_parses_and_begins_dense(path):
 
 def test_recorded_tables_are_what_the_runs_say(tmp_path, monkeypatch):
     """The committed pages; then a page made from one recorded run, and that a touched digit is noticed."""
-    done = subprocess.run([sys.executable, '-m', 'harness.table', '--check'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, 'argv', ['table.py', '--check'])
+    tables.main()  # says nothing
     monkeypatch.setattr(tables, 'RESULTS', tmp_path)
     monkeypatch.setattr(tables, 'RUNS', tmp_path / 'runs.jsonl')
     monkeypatch.setattr(tables, 'table_names', lambda: ['quickstart'])
@@ -226,7 +248,6 @@ def test_recorded_tables_are_what_the_runs_say(tmp_path, monkeypatch):
     assert '/home/me' not in (tmp_path / 'runs.jsonl').read_text()
     page = (tmp_path / 'quickstart.md').read_text()
     assert re.search(r'\| feather-90 +\| 98\.25 +\| 0 +\| 150 +\| 200 +\| 75\.000', page) and 'not run' in page
-    monkeypatch.setattr(sys, 'argv', ['table.py', '--check'])
     tables.main()  # says nothing
     readme = (tmp_path / 'README.md').read_text()
     assert readme.startswith('before\n') and readme.endswith('after\n') and '| 98.25' in readme and 'old' not in readme
@@ -247,13 +268,49 @@ def test_launch_sh_takes_the_active_python_and_reports_failure(tmp_path):
     assert done.returncode == 2 and 'there is no config' in done.stderr and 'installing' not in done.stdout
 
 
+def listed(path):
+    """The names of a requirements file, and those that its comments name as optional (`when wanted: a, b`)."""
+    text = path.read_text()
+    optional = re.findall(r'when wanted: (.*)', text)
+    return re.findall(r'^([\w-]+)', text, re.MULTILINE), [name for line in optional for name in re.findall(r'[\w-]+', line)]
+
+
+def imported():
+    """Top-level names that the code imports or asks for with importorskip, inside functions too: {name: a file that does}."""
+    found = {}
+    folders = [ROOT / name for name in ('archs', 'deploy', 'harness', 'methods', 'pruners', 'tests')]
+    for path in [*ROOT.glob('*.py'), *[path for folder in folders for path in sorted(folder.rglob('*.py'))]]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == 'pytest.importorskip':
+                names = [node.args[0].value]
+            found |= {name.split('.')[0]: str(path.relative_to(ROOT)) for name in names}
+    return found
+
+
 def test_requirements_are_what_the_code_imports():
-    """Every line of requirements.txt can be imported here, and nothing else but the standard library is needed at import."""
-    names = {'scikit-learn': 'sklearn', 'pyyaml': 'yaml', 'pytest-xdist': 'xdist'}
-    for line in (ROOT / 'requirements.txt').read_text().splitlines():
-        if name := line.split('#')[0].split('>=')[0].strip():
-            if name not in ('torchvision', 'torch-pruning', 'ruff'):  # may not match a CPU build of torch (two); a program
-                importlib.import_module(names.get(name, name))
+    """Every import from elsewhere is listed, and every line is imported, or used where it says."""
+    modules = {'scikit-learn': 'sklearn', 'pyyaml': 'yaml', 'pytest-xdist': 'xdist', 'torch-pruning': 'torch_pruning'}
+    without_import = {'tensorboard': 'main.py', 'pytest-xdist': 'launch.sh', 'ruff': 'tests/test_style.py'}
+    required, optional = listed(ROOT / 'requirements.txt')
+    for path in ROOT.glob('requirements-*.txt'):  # of single tests
+        optional += listed(path)[0]
+    own = {path.name.removesuffix('.py') for folder in (ROOT, ROOT / 'tests') for path in folder.iterdir()}
+    elsewhere = {name: file for name, file in imported().items() if name not in {*sys.stdlib_module_names, *own}}
+    assert elsewhere.pop('PIL').startswith('tests')  # torchvision requires Pillow
+    names = {modules.get(name, name) for name in [*required, *optional]}
+    assert elsewhere.keys() <= names, {name: file for name, file in elsewhere.items() if name not in names}
+    for name in required:
+        if name in without_import:
+            assert {'pytest-xdist': '-n auto'}.get(name, name) in (ROOT / without_import[name]).read_text()
+        else:
+            assert modules.get(name, name) in elsewhere, f'{name} is required, and imported nowhere'
+        if name not in ('torchvision', 'torch-pruning', 'ruff'):  # may not match a CPU build of torch (two); a program
+            importlib.import_module(modules.get(name, name))
 
 
 def test_main_needs_no_torchvision():

@@ -1,15 +1,18 @@
 """main.py as a user meets it: the seed's commands, the run folder, resuming, and one clear sentence for what is wrong."""
 
+import itertools
 import json
 import os
+import runpy
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from helpers import ROOT, TINY, read_run, run_main, same_state
+from helpers import ROOT, TINY, log_of, read_run, run_main, same_state, start_main
 from make_data import cifar100
 
 import main as program
@@ -18,14 +21,11 @@ from deploy.files import read_tensors as load_state
 from harness.training import lr_factor
 
 
-def command(*words, cwd=ROOT, **environment):
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'main.py'), *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
-    )
+def from_the_shell(*words, cwd=ROOT):
+    """main.py as a user starts it."""
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, str(ROOT / 'main.py'), *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
 SEED_COMMANDS = [
@@ -35,18 +35,23 @@ SEED_COMMANDS = [
 
 
 @pytest.mark.parametrize('words, zeros', list(zip(SEED_COMMANDS, [983_664, 1_082_030], strict=True)))
-def test_the_commands_of_the_seed(words, zeros, tmp_path):
+def test_the_commands_of_the_seed(words, zeros, tmp_path, monkeypatch, capsys):
     """floor(1,092,959 x 0.90) + 1 = 983,664 and floor(1,092,959 x 0.99) + 1 = 1,082,030 of the 1,092,960 weights."""
-    import shlex
-
+    words = shlex.split(words)
     cifar100(tmp_path / 'data', train=128, test=100)
     more = ['--epochs=1', '--limit-train=128', '--batch-size=64', f'--data-dir={tmp_path}/data']
-    done = command(*shlex.split(words), *more, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    if words == shlex.split(SEED_COMMANDS[0]):
+        done = from_the_shell(*words, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:  # the same without seconds of imports
+        monkeypatch.chdir(tmp_path)
+        program.main([*words, *more])
+        printed = capsys.readouterr().out
     if not torch.cuda.is_available():
-        assert 'running on the CPU' in done.stdout
+        assert 'running on the CPU' in printed
     (folder,) = (tmp_path / 'runs').iterdir()
-    assert folder.name.endswith(shlex.split(words)[-1].removeprefix('--sname='))
+    assert folder.name.endswith(words[-1].removeprefix('--sname='))
     result, state = read_run(folder)
     assert result['zeros'] == zeros and result['weights'] == 1_092_960 and result['parameters'] == 1_096_196
     assert sum(int((tensor == 0).sum()) for tensor in state.values() if tensor.dim() > 1) == zeros
@@ -85,34 +90,32 @@ def test_a_finished_run_is_not_run_again(tmp_path, capsys):
     assert 'accuracy' in capsys.readouterr().out
 
 
+def die_in_step_14():
+    """SIGKILL, which nothing can catch, in the middle of epoch 5 of 3 steps each: of runs in other processes."""
+    steps = itertools.count(1)
+    step = program.one_step
+
+    def dying(*args):
+        if next(steps) == 14:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*args)
+
+    program.one_step = dying
+
+
 def test_sigkill_and_resume(tmp_path):
     """A real process, really killed: once with the same command again, once with --resume."""
-    words = [*TINY, '--epochs=8', '--dropout=0.3', '--model=wrn10_1', '--amp', '--ptarget=0.9']
-    words = [word for word in words if not word.startswith('--width')]
-    run_main_like(tmp_path / 'whole', words)
-    for name, again in (('same', words), ('resumed', None)):
-        out = tmp_path / name
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / 'main.py'), *words, f'--out={out}'],
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        )
-        deadline = time.time() + 60
-        while not (out / 'checkpoint.pt').exists() and time.time() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.15)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (out / 'result.json').exists(), 'it was not killed in time for this test to mean anything'
-        if again:
-            run_main_like(out, again)
-        else:
-            program.main([f'--resume={out}'])
-        assert same_state(read_run(out)[1], read_run(tmp_path / 'whole')[1])
-
-
-def run_main_like(out, words):
-    program.main([*words, f'--out={out}'])
+    words = [word for word in TINY if not word.startswith('--width')]
+    words += ['--epochs=8', '--dropout=0.3', '--model=wrn10_1', '--amp', '--ptarget=0.9']
+    program.main([*words, f'--out={tmp_path}/whole'])
+    killed = start_main([*words, f'--out={tmp_path}/same'], tmp_path / 'output.txt', before=die_in_step_14)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and len(log_of(tmp_path / 'same')) == 4
+    shutil.copytree(tmp_path / 'same', tmp_path / 'resumed')
+    program.main([*words, f'--out={tmp_path}/same'])
+    program.main([f'--resume={tmp_path}/resumed'])
+    for name in ('same', 'resumed'):
+        assert same_state(read_run(tmp_path / name)[1], read_run(tmp_path / 'whole')[1])
 
 
 def test_other_arguments_are_refused_with_the_differences(tmp_path, capsys):
@@ -222,10 +225,10 @@ def test_bad_input_from_the_shell(tmp_path):
     """The same through a real process: status, stderr, no traceback."""
     cifar100(tmp_path, train=8, test=8)
     (tmp_path / 'cifar-100-python' / 'train').write_bytes(b'short')
-    done = command('--data-dir', str(tmp_path), '--out', str(tmp_path / 'run'))
+    done = from_the_shell('--data-dir', str(tmp_path), '--out', str(tmp_path / 'run'))
     assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'cifar-100-python/train' in done.stderr
     assert not (tmp_path / 'run').exists()
-    done = command('--epochs=0')
+    done = from_the_shell('--epochs=0')
     assert done.returncode == 2 and done.stderr == 'main.py: error: argument --epochs: must be 1 or more, got 0\n'
 
 
@@ -252,9 +255,10 @@ def test_every_flag_has_help():
     assert all(action.help for action in common_parser()._actions)
 
 
-def test_importing_args_parses_nothing():
-    done = subprocess.run([sys.executable, '-c', 'import args', '--nonsense'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_importing_args_parses_nothing(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['x', '--nonsense'])
+    fresh = runpy.run_path(str(ROOT / 'args.py'), run_name='args')
+    assert fresh['parse'](['--epochs=3']).epochs == 3
 
 
 def schedule(words, steps, batches=10):
