@@ -296,7 +296,7 @@ class RoundsInLoop(Rounds):
         )
 
     def groups(self, network):
-        return []
+        return super().groups(network) if self.job.args.dependency_aware else []
 
     def largest_share(self, target):
         return largest_share(self.job.args, target)

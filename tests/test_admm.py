@@ -423,6 +423,18 @@ def test_autocompress_on_the_command_line(tmp_path, monkeypatch):
         assert same_state(run_main(tmp_path / str(number), *words)[1], state)
 
 
+def test_the_command_line_leaves_no_dead_filter_in_the_small_network(tmp_path):
+    """Layers that end in one residual stream are pruned together, unless --no-dependency-aware says otherwise."""
+    words = ['--method=autocompress', '--epochs=1', '--val-size=64', '--num-iterations=1', '--admm-iterations=1']
+    words += ['--admm-epochs=1', '--finetune-epochs=0', '--search-steps=1', '--cool-down-rate=0.1', '--ptarget=0.5']
+    dead = {}
+    for flag in ('--dependency-aware', '--no-dependency-aware'):
+        state = run_main(tmp_path / flag, *words, flag)[1]
+        filters = [tensor.flatten(1) for tensor in state.values() if tensor.dim() == 4]
+        dead[flag] = sum(int((~rows.any(1)).sum()) for rows in filters)
+    assert dead['--dependency-aware'] == 0 < dead['--no-dependency-aware']
+
+
 def test_layers_of_a_group_with_other_shares_keep_the_union():
     """Also where their shares differ: then the union, as with the one-shot pruners."""
     model = nn.Sequential(*[module for _ in range(3) for module in (nn.Conv2d(10, 10, 3, padding=1), nn.ReLU())])
