@@ -9,15 +9,16 @@ follow the update, and prune then.
 On the command line AGP runs in the fine-tuning stage; --end-epoch is within it.
 """
 
-from pruners.compressor import ActivationPruner
 from pruners.config_list import excludes, select_layers
+from pruners.search import AroundPruner
 
 from ._algorithms import ALGORITHMS, algorithm
 from ._flags import count, nonnegative, positive
 from ._one_shot import OneShot, add_dependency_flag
+from ._search import refuse_to_watch_compiled
 
 KEYS = ('initial_sparsity', 'start_epoch', 'end_epoch', 'frequency')
-DEFAULT = {'initial_sparsity': 0.0, 'start_epoch': 0, 'frequency': 1}
+DEFAULTS = {'initial_sparsity': 0.0, 'start_epoch': 0, 'frequency': 1}
 
 
 def sparsity_at(epoch, initial, final, start, end, frequency=1):
@@ -27,7 +28,7 @@ def sparsity_at(epoch, initial, final, start, end, frequency=1):
     return final + (initial - final) * (1 - progress) ** 3
 
 
-class AGP_Pruner:  # noqa: N801  (NNI's name)
+class AGP_Pruner(AroundPruner):  # noqa: N801  (NNI's name)
     """AGP_Pruner(model, config_list, optimizer, pruning_algorithm='level').
 
     Config keys final_sparsity, end_epoch, and with defaults initial_sparsity (0), start_epoch (0), frequency (1); op_types,
@@ -40,24 +41,14 @@ class AGP_Pruner:  # noqa: N801  (NNI's name)
         kind = algorithm(pruning_algorithm)
         _, self.entries = select_layers(model, config_list, ('final_sparsity', 'end_epoch'), KEYS, kind.TYPES)
         for entry in self.entries.values():
-            check(entry)
-        keys = ('op_types', 'op_names', 'exclude')
-        plain = [
-            {key: entry[key] for key in keys if key in entry}
-            | ({} if excludes(entry) else {'sparsity': entry['final_sparsity']})
-            for entry in config_list
-        ]
-        self.base = kind(model, plain, optimizer)
+            check_schedule(entry)
+        self.base = kind(model, [one_shot_entry(entry) for entry in config_list], optimizer)
         schedules = {tuple(schedule(entry).items()) for entry in self.entries.values()}
         if getattr(self.base, 'global_sort', False) and len(schedules) > 1:
             raise ValueError(f'{pruning_algorithm} ranks all layers together, so all entries need the same schedule')
         self.base.sparsity = dict.fromkeys(self.base.layers, 0.0)
-        self.base.pending, self.epoch = False, None  # nothing is due yet
-
-    def __getattr__(self, name):
-        if name == 'base':  # not there yet, or in a copy
-            raise AttributeError(name)
-        return getattr(self.base, name)
+        self.base.pending = False  # nothing is due yet
+        self.epoch = None
 
     def compress(self):
         """Let the masks hold, and make those of epoch 0; returns the model."""
@@ -73,21 +64,29 @@ class AGP_Pruner:  # noqa: N801  (NNI's name)
         """Prune as the schedule says for this epoch; a call for the same epoch does nothing."""
         if epoch == self.epoch:
             return
-        self.epoch, due = epoch, False
+        self.epoch = epoch
+        before = dict(self.base.sparsity)
         for name, entry in self.entries.items():
-            start, frequency = (schedule(entry)[key] for key in ('start', 'frequency'))
-            if epoch >= start and (epoch - start) % frequency == 0:
-                target = self.compute_target_sparsity(entry)
-                due = due or target != self.base.sparsity[name]
-                self.base.sparsity[name] = target
-        if due:
+            times = schedule(entry)
+            if epoch >= times['start'] and (epoch - times['start']) % times['frequency'] == 0:
+                self.base.sparsity[name] = self.compute_target_sparsity(entry)
+        if self.base.sparsity != before:
             self.base.refresh()
 
-    def update_mask(self):
-        self.base.update_mask()
+
+def one_shot_entry(entry):
+    """An entry of the config list as the criterion's pruner takes it."""
+    names = {key: entry[key] for key in ('op_types', 'op_names', 'exclude') if key in entry}
+    return names if excludes(entry) else names | {'sparsity': entry['final_sparsity']}
 
 
-def check(entry):
+def schedule(entry):
+    """An entry of the config list -> the arguments of sparsity_at."""
+    values = DEFAULTS | entry
+    return {key.split('_')[0]: values[key] for key in ('final_sparsity', *KEYS)}
+
+
+def check_schedule(entry):
     """Raises ValueError for a schedule that runs backwards."""
     times = schedule(entry)
     if times['initial'] > times['final']:
@@ -96,46 +95,45 @@ def check(entry):
         raise ValueError(f'{entry}: end_epoch is before start_epoch')
 
 
-def schedule(entry):
-    """An entry of the config list -> the arguments of sparsity_at."""
-    return {key.split('_')[0]: (DEFAULT | entry)[key] for key in ('final_sparsity', *KEYS)}
-
-
 class Method(OneShot):
     DEFAULTS = OneShot.DEFAULTS | {'ptarget': 0.8}
 
     def __init__(self, args):
         super().__init__(args)
+        refuse_to_watch_compiled(args, 'algorithm')
         self.end = (args.finetune_epochs + 1) // 2 if args.end_epoch is None else args.end_epoch
         if not args.start_epoch < self.end <= args.finetune_epochs:
             raise ValueError(
-                f'AGP prunes in fine-tuning, from epoch {args.start_epoch} to {self.end}, which must lie in its {args.finetune_epochs} epochs'
+                f'AGP prunes in fine-tuning, from epoch {args.start_epoch} to {self.end}, '
+                f'which must lie in its {args.finetune_epochs} epochs'
             )
-
-        if args.compile and issubclass(self.criterion(args), ActivationPruner):
-            raise ValueError(f'--algorithm {args.algorithm} watches the layers in training, which --compile does not let it')
-
-    def criterion(self, args):
-        return algorithm(args.algorithm)
 
     @classmethod
     def add_args(cls, parser):
         super().add_args(parser)
-        add, shown = parser.add_argument, ' (default: %(default)s)'
         add_dependency_flag(parser)
+        add = parser.add_argument
+        shown = ' (default: %(default)s)'
         add('--algorithm', choices=list(ALGORITHMS), default='level', help='the criterion' + shown)
         add('--initial-sparsity', type=nonnegative, default=0.0, metavar='SHARE', help='s_i' + shown)
         add('--start-epoch', type=count, default=0, metavar='EPOCH', help='of fine-tuning, the first update' + shown)
-        add(
-            '--end-epoch', type=positive, metavar='EPOCH', help='the epoch after the last update (default: half of fine-tuning)'
-        )
+        help = 'the epoch after the last update (default: half of fine-tuning)'
+        add('--end-epoch', type=positive, metavar='EPOCH', help=help)
         add('--frequency', type=positive, default=1, metavar='EPOCHS', help='epochs from one update to the next' + shown)
 
+    def criterion(self, args):
+        return algorithm(args.algorithm)
+
     def config_list(self, model):
-        entry, args = super().config_list(model)[0], self.args
-        times = {'start_epoch': args.start_epoch, 'end_epoch': self.end, 'frequency': args.frequency}
         return [
-            {'op_names': entry['op_names'], 'initial_sparsity': args.initial_sparsity, 'final_sparsity': args.ptarget} | times
+            {
+                'op_names': self.layer_names(model)[0],
+                'initial_sparsity': self.args.initial_sparsity,
+                'final_sparsity': self.args.ptarget,
+                'start_epoch': self.args.start_epoch,
+                'end_epoch': self.end,
+                'frequency': self.args.frequency,
+            }
         ]
 
     def make_pruner(self, model):

@@ -19,6 +19,7 @@ rounds that have ended, from where it goes on when it is started again with the 
 """
 
 import copy
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +61,17 @@ class Rounds:
         self.training_epochs = training_epochs
         self.example = example_input
         self.folder = folder
+
+    def rehearse(self, network):
+        """Remove one filter of each layer of a copy, which is returned. Raises ValueError where the network cannot be made smaller."""
+        network = copy.deepcopy(network)
+        base = self.pruner_of(network, None, self.groups(network))
+        keep = {name: torch.ones(len(layer.weight), dtype=torch.bool) for name, layer in base.layers.items()}
+        for kept in keep.values():
+            kept[0] = len(kept) == 1
+        base.set_masks(keep)
+        base.apply()
+        return shrink(network, self.example)
 
     def run(self, network):
         """All rounds -> the smaller network; `network` is pruned in place."""
@@ -185,7 +197,11 @@ class AutoCompressPruner(Rounds):
         self.result = None
 
     def compress(self):
-        """Run all rounds; `model` is then the smaller network, which is returned too."""
+        """Run all rounds; `model` is then the smaller network, which is returned too.
+
+        Raises ValueError, before any training, where the network cannot be made smaller.
+        """
+        self.rehearse(self.model)
         search.open_folder(self.folder)
         network = copy.deepcopy(self.model)
         settings = (
@@ -296,7 +312,7 @@ class RoundsInLoop(Rounds):
         )
 
     def groups(self, network):
-        return []
+        return super().groups(network) if self.job.args.dependency_aware else []
 
     def largest_share(self, target):
         return largest_share(self.job.args, target)
@@ -332,6 +348,8 @@ class Method(Searching):
         self.job = job
         self.announce(job.model)
         rounds = RoundsInLoop(self, job)
+        with tempfile.TemporaryDirectory() as folder:  # what is to be done at the end is tried before training
+            save(rounds.rehearse(job.model), Path(folder) / 'small', self.example())
         dense = copy.deepcopy(job.model)
         self.pretrain(job)
         rounds.run(job.model)

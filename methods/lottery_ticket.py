@@ -64,14 +64,16 @@ class LotteryTicketPruner(Compressor):
         return range(self.iterations + 1)
 
     def prune_iteration_start(self):
-        """Begin the next round: the masks from the weights as they are, then back to the beginning. Round 0 changes nothing.
+        """Begin the next round: the masks from the weights as they are, then back to the beginning. Round 0 changes no weight.
 
-        Raises ValueError when all rounds are over.
+        From then on the masks hold, also where compress() was not called. Raises ValueError when all rounds are over.
         """
         number = 0 if self.round is None else self.round + 1
         if number > self.iterations:
             raise ValueError(f'all {self.iterations} rounds of pruning, after the dense one, are over')
         self.round = number
+        if not self.handles and not self.bound:
+            self.hook()
         if number:
             self.sparsity = {name: sparsity_at(number, final, self.iterations) for name, final in self.final.items()}
             self.update_mask()

@@ -414,13 +414,93 @@ def test_autocompress_on_the_command_line(tmp_path, monkeypatch):
     assert all(torch.equal(saved[name], tensor) for name, tensor in state.items() if name in saved)
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert files.read_json(tmp_path / 'whole' / 'round1' / 'search_result.json')['met']
-    # arguments, two of pretraining, three of each round, two of fine-tuning: killed in round 2 and after it
-    for number in (8, 10, 11):
+    # two of the rehearsal, arguments, two of pretraining, three of each round, two of fine-tuning: killed in round 2 and after it
+    for number in (10, 12, 13):
         with monkeypatch.context() as patch:
             kill_at(patch, number)
             with pytest.raises(Killed):
                 run_main(tmp_path / str(number), *words)
         assert same_state(run_main(tmp_path / str(number), *words)[1], state)
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(2, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        if x.sum() > 1e9:  # decided by what flows, which no tracer follows
+            return x
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize('name', ['l1', 'level'])
+def test_a_network_that_cannot_be_made_smaller_is_refused_before_training(name, tmp_path):
+    def never(model, *arguments, **others):
+        raise AssertionError('it was trained or evaluated')
+
+    model = Untraceable()
+    before = copy.deepcopy(model.state_dict())
+    pruner = compress(model, tmp_path, trainer=never, evaluator=never, base_algo=name, config_list=half('conv'))
+    with pytest.raises(ValueError, match='cannot trace Untraceable'):
+        pruner.compress()
+    assert same_state(model.state_dict(), before) and not list(tmp_path.iterdir()) and not model._forward_pre_hooks
+
+
+def test_the_command_line_tries_to_save_a_small_network_before_training(tmp_path, monkeypatch, trained):
+    def refuse(*arguments, **others):
+        raise ValueError('it cannot be saved')
+
+    monkeypatch.setattr('methods.autocompress.save', refuse)
+    with pytest.raises(SystemExit, match='it cannot be saved'):
+        run_main(tmp_path, '--method=autocompress', '--epochs=1', '--val-size=64')
+    assert trained == []
+
+
+@pytest.mark.parametrize('name', ALGORITHMS)
+def test_a_rehearsal_removes_a_filter_of_each_layer(name, tmp_path):
+    kind = {'slim': 'BatchNorm2d', 'level': 'default'}.get(name, 'Conv2d')
+    model = Digits()
+    before = copy.deepcopy(model.state_dict())
+    pruner = compress(model, tmp_path, base_algo=name, config_list=[{'sparsity': 0.5, 'op_types': [kind]}])
+    small = pruner.rehearse(model)
+    assert small.conv1.out_channels == small.conv2.in_channels == 7 and same_state(model.state_dict(), before)
+    assert small.conv2.out_channels == (8 if name == 'slim' else 7)  # no batch norm follows it
+
+
+def test_the_layers_of_the_smaller_network_are_the_same_objects(tmp_path):
+    """So that what holds them, as a list that is no ModuleList, goes on with the smaller ones."""
+
+    class Listed(Digits):
+        def __init__(self):
+            super().__init__()
+            self.calls = [self.conv1, self.bn1]
+
+        def forward(self, x):
+            for layer in self.calls:
+                x = layer(x)
+            return self.fc(self.conv2(self.pool(F.relu(x))).flatten(1))
+
+    torch.manual_seed(0)
+    model = Listed()
+    layers = dict(model.named_modules())
+    compress(model, tmp_path, num_iterations=1).compress()
+    assert layers.keys() == dict(model.named_modules()).keys()
+    assert all(layer is layers[name] for name, layer in model.named_modules())
+    assert model.calls[0].out_channels == len(model.conv1.weight) == model.bn1.num_features == len(model.bn1.running_var) < 8
+    assert model.conv2.in_channels == len(model.conv1.weight) and model(torch.zeros(2, 1, 12, 12)).shape == (2, 2)
+
+
+def test_the_command_line_leaves_no_dead_filter_in_the_small_network(tmp_path):
+    """Layers that end in one residual stream are pruned together, unless --no-dependency-aware says otherwise."""
+    words = ['--method=autocompress', '--epochs=1', '--val-size=64', '--num-iterations=1', '--admm-iterations=1']
+    words += ['--admm-epochs=1', '--finetune-epochs=0', '--search-steps=1', '--cool-down-rate=0.1', '--ptarget=0.5']
+    dead = {}
+    for flag in ('--dependency-aware', '--no-dependency-aware'):
+        state = run_main(tmp_path / flag, *words, flag)[1]
+        filters = [tensor.flatten(1) for tensor in state.values() if tensor.dim() == 4]
+        dead[flag] = sum(int((~rows.any(1)).sum()) for rows in filters)
+    assert dead['--dependency-aware'] == 0 < dead['--no-dependency-aware']
 
 
 def test_layers_of_a_group_with_other_shares_keep_the_union():

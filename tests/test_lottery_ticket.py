@@ -72,6 +72,23 @@ def test_rounds(kind, reset):
         pruner.prune_iteration_start()
 
 
+@pytest.mark.parametrize('kind', ['sgd', 'adam', None])
+def test_rounds_hold_their_masks_without_compress(kind):
+    model = small()
+    make = {'sgd': lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), 'adam': lambda p: torch.optim.Adam(p, 0.01)}
+    optimizer = make[kind or 'sgd'](model.parameters())
+    pruner = LotteryTicketPruner(model, CONFIG, optimizer if kind else None)
+    for number in pruner.get_prune_iterations():
+        pruner.prune_iteration_start()
+        train(model, optimizer)
+        model(torch.zeros(2, 8))  # where the pruner knows no optimizer, masks are applied before the next forward pass
+        zeros = [int((layer.weight == 0).sum()) for layer in pruner.layers.values()]
+        assert zeros == [int(n * [0, 0.2752, 0.4747, 0.6193, 0.7241, 0.8][number]) for n in (128, 64)]
+    assert len(model._forward_pre_hooks) == 1  # one, whatever the number of rounds
+    pruner.unhook()
+    assert not model._forward_pre_hooks
+
+
 def test_the_scheduler_is_reset_too():
     model = small()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
