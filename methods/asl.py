@@ -71,7 +71,7 @@ class Method(Base):
         iter_desparsify(model)
         target = self.args.ptarget
         thresh = initial_thresh(target, 0.6 if self.args.trainable else 1.0)
-        iter_sparsify(model, thresh, self.args.trainable, self.args.pthres)
+        iter_sparsify(model, thresh, self.args.trainable, self.args.pthres, say=None)
         self.model = model
         self.steps_left = steps
 

@@ -67,6 +67,7 @@ class Method(Base):
             theta=args.theta,
             ramp_end=args.ramp_end,
             backbone=args.backbone,
+            say=None,
         )
 
     def param_groups(self, model, args):

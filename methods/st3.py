@@ -128,7 +128,6 @@ class STEPrunedLayer(nn.Module):
         self.rescale = rescale
         self.groups = groups
         self.register_buffer('threshold', torch.zeros(()))
-        self.register_buffer('before', torch.zeros(()), persistent=False)  # the threshold before; for speed alone
 
     def forward(self, weight):
         sparse = _SoftThreshold.apply(self._swapped(weight), self.threshold, self.soft, self.rescale)
@@ -198,14 +197,15 @@ class Method(Base):
         self.finalize(model)  # of a stage before this one
         self.batches = steps / self.args.epochs
         self.layers = layers_to_prune(model, self.args.pthres)
-        owners = {}  # a tied weight has one name and one operator
+        owners = {}  # a tied weight has one name, and the same threshold in all its layers
         for name, layer in self.layers.items():
             owner = owners.setdefault(id(layer.weight), name)
-            if owner == name:
-                groups = layer.groups if getattr(layer, 'transposed', False) else None
-                self.weights[name] = layer.weight
-                self.operators[name] = STEPrunedLayer(self.args.soft, self.args.rescale, groups).to(layer.weight)
-            attach(layer, self.operators[owner])
+            groups = layer.groups if getattr(layer, 'transposed', False) else None
+            operator = STEPrunedLayer(self.args.soft, self.args.rescale, groups).to(layer.weight)
+            self.weights[owner] = layer.weight if owner == name else self.weights[owner]
+            self.operators.setdefault(owner, []).append(operator)
+            attach(layer, operator)
+        self.before = None
         self.update(0)
 
     def update(self, done):
@@ -214,20 +214,22 @@ class Method(Base):
         end = self.end * self.batches
         share = progress(done, start, end, self.args.power) if self.args.ramp else float(done >= start)
         self.ratio = self.args.ptarget * share
-        name, first = next(iter(self.operators.items()))
-        guess = {name: next_threshold(first)}
+        name, (first, *_) = next(iter(self.operators.items()))
+        guess = {name: next_threshold(first.threshold, self.before)}
+        self.before = first.threshold.clone()
         if self.ratio == 0:
             thresholds = dict.fromkeys(self.weights, 0.0)
         else:
             thresholds = self.criterion(self.weights, self.ratio, guess)
-        for name, operator in self.operators.items():
-            operator.threshold.fill_(thresholds[name])
+        for name, operators in self.operators.items():
+            for operator in operators:
+                operator.threshold.fill_(thresholds[name])
 
     def after_step(self, step, batch):
         self.update(step + 1)  # no weight changes from here to the next forward: after_epoch has nothing left to do
 
     def metrics(self):
-        name, operator = next(iter(self.operators.items()))
+        name, (operator, *_) = next(iter(self.operators.items()))
         unit = inverse_std(self.weights[name]) if self.args.sigma else 1.0  # sigma: the threshold in units of std
         return {'ratio': self.ratio, 'threshold': operator.threshold.item() * unit}
 
