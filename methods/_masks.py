@@ -14,7 +14,7 @@ SCOPES = ('global', 'layer', 'erk')
 
 @torch.no_grad()
 def keep_largest(scores, kept):
-    """{name: tensor} -> {name: bool mask}, True for the `kept` largest of all scores; by index, so ties never change the count."""
+    """{name: tensor} -> {name: bool mask}, True for the `kept` largest of all scores: by index, so ties never add one."""
     ranks = torch.cat([score.reshape(-1) for score in scores.values()])
     mask = torch.zeros_like(ranks, dtype=torch.bool)
     mask[ranks.topk(kept, sorted=False).indices] = True
@@ -114,6 +114,23 @@ class Masked(torch.nn.Module):
         return weight * self.mask
 
 
+class _PassThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, mask):
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class PassThrough(Masked):
+    """A parametrization: the layer computes with weight * mask, and the gradient goes to the whole weight."""
+
+    def forward(self, weight):
+        return _PassThrough.apply(weight, self.mask)
+
+
 class Masking(Base):
     """What methods with masks share: a pruned weight has no gradient, no momentum, and is zero after every step.
 
@@ -165,7 +182,8 @@ class Masking(Base):
 
     def finalize(self, model):
         bake(self.layers.values())
-        self.apply(self.weights.values())
+        if not self.regrow:
+            self.apply(self.weights.values())
         self.layers, self.weights, self.factors = {}, {}, {}
         return model
 

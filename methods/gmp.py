@@ -24,25 +24,34 @@ def sparsity_at(step, start, end, initial, final):
 
 
 class Method(Masking):
+    FREQUENCY = 100
+    RAMP = (1 / 32, 1 / 2)  # its default start and end, as shares of training
+
     def __init__(self, args):
         super().__init__(args)
-        self.regrow = args.regrow
-        self.start = args.epochs / 32 if args.start_epoch is None else args.start_epoch
-        self.end = args.epochs / 2 if args.end_epoch is None else args.end_epoch
+        self.regrow = self.regrow or args.regrow
+        self.start = args.epochs * self.RAMP[0] if args.start_epoch is None else args.start_epoch
+        self.end = args.epochs * self.RAMP[1] if args.end_epoch is None else args.end_epoch
         if not self.start < self.end <= args.epochs:
             raise ValueError(f'the ramp must lie in the {args.epochs} epochs, but goes from {self.start:g} to {self.end:g}')
         if args.initial_sparsity > args.ptarget:
             raise ValueError(f'--initial-sparsity {args.initial_sparsity:g} is above --ptarget {args.ptarget:g}')
 
-    @staticmethod
-    def add_args(parser):
+    @classmethod
+    def add_args(cls, parser):
+        cls.add_ramp_flags(parser)
+        text = 'mask only the forward pass and the gradient, so that weights can return'
+        parser.add_argument('--regrow', action='store_true', help=text)
+
+    @classmethod
+    def add_ramp_flags(cls, parser):
         add, shown = parser.add_argument, ' (default: %(default)s)'
-        add('--frequency', type=positive, default=100, metavar='STEPS', help='dt: steps between mask updates' + shown)
+        start, end = (f' (default: {share:g} of the epochs)' for share in cls.RAMP)
+        add('--frequency', type=positive, default=cls.FREQUENCY, metavar='STEPS', help='dt: steps between mask updates' + shown)
         add_scope_flag(parser)
         add('--initial-sparsity', type=nonnegative, default=0.0, metavar='SHARE', help='s_i, zeros at the start' + shown)
-        add('--start-epoch', type=nonnegative, metavar='EPOCH', help='t0, where the ramp starts (default: 1/32 of the epochs)')
-        add('--end-epoch', type=nonnegative, metavar='EPOCH', help='t0 + n dt, where it ends (default: half of the epochs)')
-        add('--regrow', action='store_true', help='mask only the forward pass and the gradient, so that weights can return')
+        add('--start-epoch', type=nonnegative, metavar='EPOCH', help='t0, where the ramp starts' + start)
+        add('--end-epoch', type=nonnegative, metavar='EPOCH', help='t0 + n dt, where it ends' + end)
 
     def prepare(self, model, steps, args):
         super().prepare(model, steps, args)

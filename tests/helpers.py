@@ -88,7 +88,8 @@ EXACT = {
     'lrr': lambda n, target: round(target * n),
     'probmask': lambda n, target: n - round((1 - target) * n),
 }
-EXACT |= dict.fromkeys(['static', 'rigl', 'granet'], EXACT['gmp'])  # set too, but what it grows into dead units stays zero
+EXACT |= dict.fromkeys(['static', 'rigl', 'granet', 'snip', 'grasp', 'synflow', 'ac_dc', 'spartan', 'dpf'], EXACT['gmp'])
+EXACT['sr_ste'] = lambda n, target: (n - 36) // 2  # 2:4 in all layers but the first, which has one input channel
 # Shorter pipelines; what they do is the same
 QUICK = {
     'dsp': ['--group-epochs=1', '--finetune-epochs=2', '--cycles=2', '--val-size=0'],
@@ -106,7 +107,8 @@ QUICK |= {
 }
 ONE_SHOT = ['level', 'slim', 'fpgm', 'l1_filter', 'l2_filter', 'apoz', 'mean_activation', 'taylor_fo', 'agp', 'random_filter']
 QUICK |= {name: ['--finetune-epochs=1'] for name in ONE_SHOT}
-QUICK |= {name: ['--frequency=2'] for name in ('rigl', 'granet')}  # runs are shorter than their usual frequency
+QUICK |= {name: ['--frequency=2'] for name in ('rigl', 'granet', 'dpf')}  # runs are shorter than their usual frequency
+QUICK |= {'synflow': ['--rounds=5']}
 
 
 class Killed(BaseException):
