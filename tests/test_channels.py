@@ -1,11 +1,10 @@
 """The channel graph: hand-made masks on small networks, with what must remain of them spelled out."""
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import archs
 from deploy.channels import channel_graph, dead_norms, live_masks
@@ -245,12 +244,26 @@ def test_clear_errors():
         channel_graph(Residual(), torch.zeros(1, 7, 6, 6))
 
 
-def test_a_sweep_over_resnet56_takes_milliseconds():
-    graph = channel_graph(archs.build('resnet56', 10, width=16), torch.zeros(1, 3, 32, 32))
-    masks = {node.module: torch.rand(node.detail[:2]) > 0.5 for node in graph.nodes if node.kind == 'conv'}
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        live_masks(graph, masks)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.05  # a few milliseconds on an idle machine
+class Counted(TorchDispatchMode):
+    """Counts the tensor operations that are carried out within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_work_of_a_sweep_grows_with_the_depth_and_no_faster():
+    """Searches sweep hundreds of times: one pass in each direction, a few operations a convolution however deep the network."""
+    share = {}
+    for name, convolutions in (('resnet20', 21), ('resnet56', 57)):
+        graph = channel_graph(archs.build(name, 10, width=4), torch.zeros(1, 3, 32, 32))
+        masks = {node.module: torch.rand(node.detail[:2]) > 0.5 for node in graph.nodes if node.kind == 'conv'}
+        assert len(masks) == convolutions
+        with Counted() as counted:
+            live_masks(graph, masks)
+        share[name] = counted.operations / convolutions
+    assert share['resnet56'] == pytest.approx(share['resnet20'], rel=0.05) and share['resnet56'] < 25
