@@ -567,7 +567,7 @@ def test_the_groups_of_our_networks():
         assert dependency_groups(archs.build(name, 10), x) == []
 
 
-def test_scores_are_summed_and_masks_united_within_a_group():
+def test_scores_are_averaged_and_masks_united_within_a_group():
     scores = {'a': torch.tensor([1.0, 5.0, 2.0]), 'b': torch.tensor([4.0, 0.0, 3.0]), 'c': torch.tensor([7.0])}
     agreed = join_groups(scores, [['a', 'b'], ['c', 'not pruned']])
     assert agreed['a'].tolist() == agreed['b'].tolist() == [2.5, 2.5, 2.5] and agreed['c'].tolist() == [7.0]
