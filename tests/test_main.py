@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -15,8 +16,10 @@ import torch
 from helpers import ROOT, TINY, log_of, read_run, run_main, same_state, start_main
 from make_data import cifar100
 
+import archs
 import main as program
-from args import common_parser, parse
+import methods
+from args import COMMANDS, common_parser, parse
 from deploy.files import read_tensors as load_state
 from harness.training import lr_factor
 
@@ -249,6 +252,15 @@ def test_help_shows_the_methods_flags(capsys):
         program.main(['--method=feather', '--help'])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and '--theta' in text and '--ptarget' in text
+
+
+def test_help_names_every_network_method_and_command(capsys):
+    with pytest.raises(SystemExit):
+        program.main(['--help'])
+    text = capsys.readouterr().out
+    words = set(re.findall(r'[\w<>]+', text))
+    assert {*archs.names(), 'wrn<depth>_<k>', *methods.names()} <= words
+    assert all(f'--{name} ' in text for name in COMMANDS)  # what is done with a finished run
 
 
 def test_every_flag_has_help():

@@ -1,5 +1,6 @@
 """The contract that every method keeps; a new file in methods/ is tested here without being named."""
 
+import importlib
 import json
 from argparse import Namespace
 
@@ -13,6 +14,7 @@ import methods
 from args import parse
 from harness.training import make_optimizer, one_step
 from methods import Method
+from methods._algorithms import ALGORITHMS
 from sparse_utils import count_zeros
 
 NAMES = methods.names()
@@ -24,6 +26,19 @@ def test_every_method_is_a_method():
         assert issubclass(methods.load(name), Method)
     with pytest.raises(ValueError, match='did you mean feather'):
         methods.load('fether')
+
+
+def test_the_pruners_that_can_be_imported_are_those_of_the_files():
+    """Classes that are called ...Pruner: the fourteen of NNI's document, and the control that it does not have."""
+    found = {}
+    for name in NAMES:
+        module = importlib.import_module(f'methods.{name}')
+        own = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__]
+        found |= {cls.__name__: name for cls in own if cls.__name__.endswith('Pruner')}
+    assert found.pop('RandomFilterPruner') == 'random_filter'
+    assert methods.PRUNERS == found and len(found) == 14
+    assert all(getattr(methods, name).__name__ == name for name in found)
+    assert {cls.__name__ for cls in ALGORITHMS.values()} < set(found)
 
 
 @pytest.fixture(scope='module', params=NAMES)
