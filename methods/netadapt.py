@@ -31,12 +31,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from deploy.files import read_tensors, write_tensors
 from deploy.shrinking import dependency_groups
 from pruners import processes, search
 from pruners.cost import COSTS, ShrunkCost, own_cost, usual_example
 from pruners.processes import say
 from pruners.selection import pruned_first
+from pruners.trials import History, Progress, same_score
 
 from ._algorithms import algorithm
 from ._flags import fraction, nonnegative, positive
@@ -64,6 +64,8 @@ class NetAdaptPruner(search.Search):
     the best candidate of the last iteration, masked.
     """
 
+    STATE = ('dense', 'counts', 'rows', 'left', 'iteration', 'performance', 'importances')  # after an iteration
+
     def __init__(
         self,
         model,
@@ -81,8 +83,8 @@ class NetAdaptPruner(search.Search):
     ):
         if short_term_fine_tuner is not None and not callable(short_term_fine_tuner):
             raise ValueError(f'short_term_fine_tuner must be a function of the model, got {short_term_fine_tuner!r}')
-        evaluation = search.Evaluation(evaluator, optimize_mode)
-        super().__init__(model, config_list, evaluation, algorithm(base_algo), experiment_data_dir, short_term_fine_tuner)
+        kind = algorithm(base_algo)
+        super().__init__(model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, short_term_fine_tuner)
         if not 0 < sparsity_per_iteration < 1:
             raise ValueError(f'sparsity_per_iteration must lie between 0 and 1, got {sparsity_per_iteration}')
         if cost not in COSTS:
@@ -93,7 +95,7 @@ class NetAdaptPruner(search.Search):
         self.example = example_input
         self.dependency_aware = dependency_aware
         self.settings = (type(self.base).__name__, optimize_mode, self.base.entries, self.step, self.kind, dependency_aware)
-        self.history = search.History(
+        self.history = History(
             self.folder / 'search_history.csv', 'sparsity', 'performance', 'config_list', 'iteration', 'layer'
         )
 
@@ -196,7 +198,7 @@ class NetAdaptPruner(search.Search):
     def start(self):
         """Score the network as it comes, or go on after the last iteration of this search that has ended."""
         search.open_folder(self.folder)
-        self.name = search.fingerprint(self.base.model, self.settings)
+        self.progress = Progress(self.folder / 'search_state.pt', search.fingerprint(self.base.model, self.settings))
         self.numbers = search.sizes(self.base)
         self.counts = dict.fromkeys(self.base.layers, 0)
         self.rows = []  # of the history
@@ -242,20 +244,13 @@ class NetAdaptPruner(search.Search):
     def save(self):
         """Write the history, and all that the next iteration needs."""
         state = {name: getattr(self, name) for name in self.STATE}
-        state |= {'weights': search.snapshot(self.base.model), 'keep': self.base.keep, 'rng': torch.get_rng_state()}
-        write_tensors(state, self.folder / 'search_state.pt')
+        self.progress.write(**state, weights=search.snapshot(self.base.model), keep=self.base.keep)
         self.history.write(self.rows)
-
-    STATE = ('name', 'dense', 'counts', 'rows', 'left', 'iteration', 'performance', 'importances')
 
     def resume(self):
         """Go on from search_state.pt, if it is of this search and the evaluator says the same of the model as it came."""
-        path = self.folder / 'search_state.pt'
-        if not path.exists():
-            return
-        state = read_tensors(path, next(self.base.model.parameters()).device)
-        same = math.isclose(state['dense'], self.dense, rel_tol=1e-4, abs_tol=1e-12)
-        if state.get('name') != self.name or not (same or math.isnan(state['dense']) and math.isnan(self.dense)):
+        state = self.progress.read(next(self.base.model.parameters()).device)
+        if state is None or not same_score(state['dense'], self.dense):
             return
         for name in self.STATE:
             setattr(self, name, state[name])

@@ -28,7 +28,6 @@ after strong pruning accuracy says little without (Li et al., "EagleEye", ECCV 2
 residual stream get one share and lose the same filters, and no layer loses more than --max-sparsity.
 """
 
-import json
 import math
 from typing import NamedTuple
 
@@ -39,6 +38,7 @@ from pruners import processes, search
 from pruners.cost import OwnCost, ShrunkCost, filter_layers
 from pruners.processes import say
 from pruners.selection import num_pruned
+from pruners.trials import Trials
 
 from ._algorithms import algorithm
 from ._search import Searching, add_annealing_flags, annealing_options, largest_share
@@ -100,7 +100,7 @@ def anneal(splits, trials, annealing):
         if utility > best_utility:
             best = candidate
             best_utility = utility
-            bar.set_postfix(best_utility=best_utility)
+            bar.set_postfix(best=trials.score(best))
     return best
 
 
@@ -188,64 +188,6 @@ def shift_until(fits, values, largest=search.LARGEST_SHARE):
     return shifted(high)
 
 
-class Trials:
-    """What candidates are worth: each set of counts is evaluated once, and is a line of search_history.csv."""
-
-    def __init__(self, pruner, splits, importances):
-        self.base = pruner.base
-        self.evaluation = pruner.evaluation
-        self.splits = splits
-        self.importances = importances
-        self.name = search.fingerprint(pruner.base.model, pruner.settings)
-        path = pruner.folder / 'search_history.csv'
-        self.history = search.History(path, 'sparsity', 'performance', 'config_list', 'temperature', 'search')
-        self.seen = {}  # {counts: score}, in this search so far
-        self.known = {}  # the same, of this search when it was cut short
-
-    def begin(self, first, temperature):
-        """Take over the scores of the same search, if the evaluator still says the same of its first candidate."""
-        score = self.evaluate(first)
-        rows = processes.same([row for row in self.history.read() if row['search'] == self.name])
-        if not rows or not math.isclose(float(rows[0]['performance']), score, rel_tol=1e-4, abs_tol=1e-12):
-            rows = []
-        self.history.write(row.values() for row in rows)
-        for row in rows:
-            shares = {entry['op_names'][0]: entry['sparsity'] for entry in json.loads(row['config_list'])}
-            candidate = [shares[unit[0]] for unit in self.splits.units]
-            self.known[self.key(candidate)] = float(row['performance'])
-        if not rows:
-            self.add(first, score, temperature)
-
-    def add(self, candidate, score, temperature):
-        self.seen[self.key(candidate)] = score
-        config_list = json.dumps(search.as_config_list(self.base, self.splits.shares(candidate)))
-        self.history.add(self.splits.sparsity(candidate), score, config_list, temperature, self.name)
-
-    def utility(self, candidate, temperature):
-        """Larger is better. A candidate is evaluated if there was none of the same counts before."""
-        key = self.key(candidate)
-        if key in self.known:  # acceptance looks at the spread of what has been seen, so not earlier than at its turn
-            self.seen[key] = self.known[key]
-        elif key not in self.seen:
-            self.add(candidate, self.evaluate(candidate), temperature)
-        return self.evaluation.utility(self.seen[key])
-
-    def utilities(self):
-        return [self.evaluation.utility(score) for score in self.seen.values()]
-
-    def evaluate(self, candidate):
-        with search.trial(self.base.model):
-            self.base.set_masks(self.masks(candidate))
-            self.base.apply()
-            return self.evaluation.score(self.base.model)
-
-    def masks(self, candidate):
-        return search.keep_counts(self.importances, self.splits.counts(candidate))
-
-    def key(self, candidate):
-        return tuple(self.splits.counts(candidate).values())
-
-
 class SimulatedAnnealingPruner(search.Search):
     """SimulatedAnnealingPruner(model, config_list, evaluator, optimize_mode='maximize', base_algo='l1', ...).
 
@@ -278,8 +220,8 @@ class SimulatedAnnealingPruner(search.Search):
         statistics=None,
         example_input=None,
     ):
-        evaluation = search.Evaluation(evaluator, optimize_mode)
-        super().__init__(model, config_list, evaluation, algorithm(base_algo), experiment_data_dir, statistics, groups)
+        kind = algorithm(base_algo)
+        super().__init__(model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, statistics, groups)
         numbers = (start_temperature, stop_temperature, cool_down_rate, perturbation_magnitude, search_steps, seed)
         self.annealing = Annealing(*numbers)
         self.annealing.check()
@@ -303,7 +245,7 @@ class SimulatedAnnealingPruner(search.Search):
         if reached < self.target - 1e-9:
             say(f'the target of {self.target} cannot be met: with all that each layer can give {reached:.4f} is pruned')
         best = anneal(splits, trials, self.annealing)
-        figures = {'performance': trials.seen[trials.key(best)], 'sparsity': splits.sparsity(best)}
+        figures = {'performance': trials.score(best), 'sparsity': splits.sparsity(best)}
         figures['met'] = figures['sparsity'] >= self.target - 1e-9
         self.finish(splits.shares(best), trials.masks(best), figures)
 

@@ -13,7 +13,7 @@ import archs
 from deploy import files, network_file
 from methods import ADMMPruner, AutoCompressPruner, L1FilterPruner, L2FilterPruner, LevelPruner
 from methods._algorithms import ALGORITHMS, algorithm
-from methods.admm import Splitting
+from methods.admm import Splitting, penalized
 
 
 def linear(rows):
@@ -58,6 +58,19 @@ def test_one_turn_by_hand():
     assert weight.tolist() == [[0, -3.5], [3.5, 0]]
     splitting.update()  # W + U = [[1.5, -3.5], [3.5, -1.5]]
     assert splitting.U['0'].tolist() == [[1.5, 0], [0, -1.5]] and splitting.distances[1] == 0
+
+
+def test_the_penalty_of_all_layers_at_once_is_that_of_each():
+    torch.manual_seed(0)
+    splitting = Splitting(LevelPruner(residual(), [{'sparsity': 0.5, 'op_types': ['default']}]), row=0.3)
+    for tensors in (splitting.Z, splitting.U):
+        for tensor in tensors.values():
+            tensor.normal_()
+    expected = {name: penalized(w, splitting.Z[name], splitting.U[name], 0.3) for name, w in splitting.W.items()}
+    splitting.penalize()
+    assert len(expected) == 4
+    for name, weight in splitting.W.items():
+        torch.testing.assert_close(weight, expected[name])
 
 
 def test_z_is_a_copy_so_that_the_first_turn_has_a_penalty():
