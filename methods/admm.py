@@ -5,15 +5,16 @@ W  training of the loss + row / 2 ||W - Z + U||^2: in each step, before the opti
 Z  the projection of W + U: the criterion of base_algo keeps its share of the weights or filters of each layer   (subproblem 2)
 U  U + W - Z
 
-for num_iterations turns of training_epochs epochs, from Z = W, U = 0. Then base_algo prunes the network once, which by then loses
-little, as W is near to Z: distances holds ||W - Z|| over all layers, one figure a turn. Fine-tuning is the user's.
+for num_iterations turns of training_epochs epochs, from Z = W, U = 0. Then base_algo prunes the network once, which by then
+loses little, as W is near to Z: distances holds ||W - Z|| over all layers, one figure a turn. Fine-tuning is the user's.
 
-Each criterion projects as it judges: level keeps the largest weights, l1, l2 and fpgm the filters with the largest scores at
-W + U (NNI took the L1 norm for l2 too). Criteria that watch training batches judge by those of the turn. Z is a copy of W; in NNI
-it was the weight itself, so that there was no penalty in the first turn. As in NNI the penalty is not scaled by the learning
-rate; the paper has it in the loss. The optimizer is Adam, 1e-3 with a decay of 5e-5, as NNI's.
+Each criterion projects as it judges: level keeps the largest weights of W + U, l1, l2 and fpgm its filters with the largest
+scores (NNI took the L1 norm for l2 too). Criteria that watch training batches judge by those of the turn. Z is a copy of W; in
+NNI it was the weight itself, so that there was no penalty in the first turn. As in NNI the penalty is not scaled by the
+learning rate; the paper has it in the loss. The optimizer is Adam, 1e-3 with a decay of 5e-5, as NNI's.
 
-On the command line the turns are a stage of the shared loop, `admm`, between pretraining and fine-tuning.
+Splitting.solve() is the algorithm. W is trained by people's trainers, train_with(), or on the command line by a stage of the
+shared loop, train_in_loop(), between pretraining and fine-tuning.
 """
 
 import inspect
@@ -180,10 +181,10 @@ class ADMMPruner(AroundPruner):
 
     Config keys sparsity (may differ from layer to layer), op_types, op_names, exclude, as the class of base_algo takes them.
     trainer: function of model, optimizer, criterion, epoch, callback, called with these names; it trains one epoch and calls
-    callback() between backward() and step(). base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation. Other names:
-    iterations, epochs or epochs_per_iteration, rho. optimizer, criterion: instead of Adam and the cross-entropy. groups: lists of
-    layers whose filters can only be removed together. distances: ||W - Z|| after each iteration. Everything else, as masks,
-    export_model() or bind(), is that of the class of base_algo, `base`.
+    callback() between backward() and step(). base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation. Other
+    names: iterations, epochs or epochs_per_iteration, rho. optimizer, criterion: instead of Adam and the cross-entropy.
+    groups: lists of layers whose filters can only be removed together. distances: ||W - Z|| after each iteration. Everything
+    else, as masks, export_model() or bind(), is that of the class of base_algo, `base`.
     """
 
     def __init__(

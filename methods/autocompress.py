@@ -1,12 +1,12 @@
-"""AutoCompress, NNI's AutoCompressPruner (Liu et al., "AutoCompress: An Automatic DNN Structured Pruning Framework for Ultra-High
-Compression Rates", AAAI 2020, arXiv 1907.03141): in each of num_iterations rounds, simulated annealing splits the round's sparsity
-among the layers, ADMM training prepares the network for it, and the pruned filters are removed: the next round works on a smaller
-network.
+"""AutoCompress, NNI's AutoCompressPruner (Liu et al., "AutoCompress: An Automatic DNN Structured Pruning Framework for
+Ultra-High Compression Rates", AAAI 2020, arXiv 1907.03141): in each of num_iterations rounds, simulated annealing splits the
+round's sparsity among the layers, ADMM training prepares the network for it, and the pruned filters are removed: the next
+round works on a smaller network.
 
 The target P, `sparsity`, is the share of the weights of the layers that config_list names that is gone in the end, counted in
-the smaller network: with a filter the weights go that read its channel. Round k of n ends with at most (1 - P)^(k/n) of them, so
-each removes the same share of what is left, 1 - (1 - P)^(1/n), and roundings do not add up; the budget is met, and exceeded by
-less than one filter of a layer (of each layer, where layers that end in one residual stream lose the same filter together).
+the smaller network: with a filter the weights go that read its channel. Round k of n ends with at most (1 - P)^(k/n) of them,
+so each removes the same share of what is left, 1 - (1 - P)^(1/n), and roundings do not add up; the budget is met, and exceeded
+by less than one filter of a layer (of each layer, where layers that end in one residual stream lose the same filter together).
 With base_algo 'level' single weights become zero, cumulatively, and only channels that have died on the way are removed.
 
 Rounds.run() is the algorithm. It uses simulated_annealing.py, admm.py and deploy.shrink as they are; their deviations are its
@@ -41,10 +41,10 @@ from .simulated_annealing import Annealing, SimulatedAnnealingPruner
 
 
 class Rounds:
-    """The algorithm on a network. How the network is trained is said by the subclasses, for people's trainers and the command line.
+    """The algorithm on a network. The subclasses train it: with people's trainers, or with the loop of the command line.
 
-    annealing: function of a model, a config list and more -> SimulatedAnnealingPruner. rounds: their number. row, training_epochs:
-    of ADMM (Splitting). example_input: one image. Raises ValueError as SimulatedAnnealingPruner does.
+    annealing: function of a model, a config list and more -> SimulatedAnnealingPruner. rounds: their number. row,
+    training_epochs: of ADMM (Splitting). example_input: one image. Raises ValueError as SimulatedAnnealingPruner does.
     """
 
     dependency_aware = True
@@ -132,9 +132,9 @@ class AutoCompressPruner(Rounds):
     """AutoCompressPruner(model, config_list, trainer, evaluator, dummy_input, num_iterations=3, optimize_mode='maximize', ...).
 
     Config keys sparsity (one for all entries), op_types, op_names, exclude. trainer: as in ADMMPruner. evaluator: as in
-    SimulatedAnnealingPruner. dummy_input: a batch on the model's device. Other names: iterations, rho. optimizer: a function of
-    parameters, as each round has a new network; None for Adam. compress() makes `model` itself smaller: its layers stay the same
-    objects but have other parameters, and an optimizer of the old ones is of no use.
+    SimulatedAnnealingPruner. dummy_input: a batch on the model's device. Other names: iterations, rho. optimizer: a function
+    of parameters, as each round has a new network; None for Adam. compress() makes `model` itself smaller: its layers stay the
+    same objects but have other parameters, and an optimizer of the old ones is of no use.
     """
 
     def __init__(

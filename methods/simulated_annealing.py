@@ -3,29 +3,30 @@
 its heuristic search, Algorithm 1; here anneal()).
 
 The target `sparsity` is the share of the weights of the layers that config_list names, all together. A candidate gives each
-layer a share; the one-shot criterion `base_algo` masks the model accordingly, the evaluator scores it, and it is accepted if it
-is better, or else with probability exp(-100 d / T), d the loss of score as a share of the spread of all scores seen so far: with
-accuracies in percent that range from 0 to 100 this is NNI's exp(-dE / T), with any other scale of scores it works the same.
-T = start_temperature, times cool_down_rate until stop_temperature is reached; at each T search_steps candidates are tried.
+layer a share; the one-shot criterion `base_algo` masks the model accordingly, the evaluator scores it, and it is accepted if
+it is better, or else with probability exp(-100 d / T), d the loss of score as a share of the spread of all scores seen so far:
+with accuracies in percent that range from 0 to 100 this is NNI's exp(-dE / T), with any other scale of scores it works the
+same. T = start_temperature, times cool_down_rate until stop_temperature is reached; at each T search_steps candidates are
+tried.
 
 Layers of more weights never get a smaller share than layers of fewer (the paper's guide of the search, as NNI does it); layers
-of equal size are free. A candidate is a random or perturbed list of shares, ordered so and shifted, with shares kept in [0, 1),
-by the least constant with which the pruned filters hold at least the target: it is met, and exceeded by less than one filter, at
-any target that leaves each layer a filter. Nothing is drawn again, so the search ends after a number of steps that is known
-before. A perturbation is uniform in +-perturbation_magnitude T / start_temperature.
+of equal size are free. A candidate is a random or perturbed list of shares, ordered so and shifted by the least constant with
+which the pruned filters hold at least the target; shares stay in [0, 1). The target is met, and exceeded by less than one
+filter, unless layers would lose their last one. Nothing is drawn again, so the number of steps is known before. A
+perturbation is uniform in +-perturbation_magnitude T / start_temperature.
 
 Deviations from NNI: the first candidate is the uniform split, so that what is found is never worse; search_steps candidates a
 temperature, where NNI waited until one was accepted; the best candidate of all is what is exported; equal counts of filters are
 evaluated once. A score that is not a number counts as the worst.
 
-experiment_data_dir holds search_history.csv, a line for each candidate evaluated, and search_result.json. Started again with the
-same model and arguments, the search takes over the scores of search_history.csv and ends as if it had not been interrupted: it
-draws from a generator of its own, seeded with `seed`. The first candidate is evaluated anew; if its score is another one, the
-evaluator has changed, and so the file is not used.
+experiment_data_dir holds search_history.csv, a line for each candidate evaluated, and search_result.json. Started again with
+the same model and arguments, the search takes over the scores of search_history.csv and ends as if it had not been
+interrupted: it draws from a generator of its own, seeded with `seed`. The first candidate is evaluated anew; if its score is
+another one, the evaluator has changed, and so the file is not used.
 
-On the command line a candidate's batch norm statistics are taken anew from --recalibrate training batches before it is scored, as
-after strong pruning accuracy says little without (Li et al., "EagleEye", ECCV 2020, arXiv 2007.02491), layers that end in one
-residual stream get one share and lose the same filters, and no layer loses more than --max-sparsity.
+On the command line a candidate's batch norm statistics are taken anew from --recalibrate training batches before it is scored,
+as after strong pruning accuracy says little without (Li et al., "EagleEye", ECCV 2020, arXiv 2007.02491), layers that end in
+one residual stream get one share and lose the same filters, and no layer loses more than --max-sparsity.
 """
 
 import math
@@ -78,7 +79,8 @@ class Annealing(NamedTuple):
 def anneal(splits, trials, annealing):
     """Algorithm 1 of the paper -> the best candidate that was tried.
 
-    splits.candidate(values): any list of values made into a candidate. trials.utility(candidate, temperature): larger is better.
+    splits.candidate(values) makes a candidate of any list of values. trials.utility(candidate, temperature) is larger for a
+    better one.
     """
     generator = torch.Generator().manual_seed(annealing.seed)
     temperatures = [t for t in annealing.temperatures() for _ in range(annealing.search_steps)]
@@ -192,12 +194,12 @@ class SimulatedAnnealingPruner(search.Search):
     """SimulatedAnnealingPruner(model, config_list, evaluator, optimize_mode='maximize', base_algo='l1', ...).
 
     Config keys sparsity (one for all entries: the share of the weights of all layers named), op_types, op_names, exclude.
-    evaluator: function of the masked model -> a number. base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation; the
-    last three need statistics, a function of the model that runs training batches. search_steps: candidates a temperature.
-    max_sparsity: no layer gets a larger share; by itself the search may leave one filter of a layer, if the evaluator likes it.
-    groups: lists of layers whose filters can only be removed together (deploy.dependency_groups): they get one share and lose
-    the same filters. example_input: given one, the weights are counted in the network without its dead channels, so that with a
-    filter those go that read it. The model is masked in place for each candidate, and restored.
+    evaluator: function of the masked model -> a number. base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation;
+    the last three need statistics, a function of the model that runs training batches. search_steps: candidates a temperature.
+    max_sparsity: no layer gets a larger share; by itself the search may leave one filter of a layer, if the evaluator likes
+    it. groups: lists of layers whose filters can only be removed together (deploy.dependency_groups): they get one share and
+    lose the same filters. example_input: given one, the weights are counted in the network without its dead channels, so that
+    with a filter those go that read it. The model is masked in place for each candidate, and restored.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """What the searches of NNI share: simulated annealing, NetAdapt, AutoCompress.
 
-A search tries masks on a model. A one-shot pruner, `base`, says by its criterion which filters (or weights) of a layer go first,
-so a candidate is a number for each layer: `counts`, {layer: how many of its filters, or weights, are pruned}. An evaluator gives
-the masked model a score.
+A search tries masks on a model. A one-shot pruner, `base`, says by its criterion which filters (or weights) of a layer go
+first, so a candidate is a number for each layer: `counts`, {layer: how many of its filters, or weights, are pruned}. An
+evaluator gives the masked model a score.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ def base_pruner(kind, model, config_list, groups=(), by_layer=True):
 def importance(base, statistics=None):
     """{layer: scores} by the criterion of a pruner; layers that are decided together (base.groups) have equal ones.
 
-    statistics: a function of the model that runs training batches forward and backward, for the criteria that watch them. Raises
-    ValueError where one is needed and there is none.
+    statistics: a function of the model that runs training batches forward and backward, for the criteria that watch them.
+    Raises ValueError where one is needed and there is none.
     """
     if isinstance(base, StatisticsPruner):
         check_statistics(type(base), statistics)

@@ -427,8 +427,8 @@ def test_autocompress_on_the_command_line(tmp_path, monkeypatch):
     assert all(torch.equal(saved[name], tensor) for name, tensor in state.items() if name in saved)
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert files.read_json(tmp_path / 'whole' / 'round1' / 'search_result.json')['met']
-    # two of the rehearsal, arguments, two of pretraining, three of each round, two of fine-tuning: killed in round 2 and after it
-    for number in (10, 12, 13):
+    # writes: arguments, two of the rehearsal, two of pretraining, three of each round, two of fine-tuning
+    for number in (10, 12, 13):  # in round 2, at its end, and after it
         with monkeypatch.context() as patch:
             kill_at(patch, number)
             with pytest.raises(Killed):
