@@ -5,15 +5,16 @@ W  training of the loss + row / 2 ||W - Z + U||^2: in each step, before the opti
 Z  the projection of W + U: the criterion of base_algo keeps its share of the weights or filters of each layer   (subproblem 2)
 U  U + W - Z
 
-for num_iterations turns of training_epochs epochs, from Z = W, U = 0. Then base_algo prunes the network once, which by then loses
-little, as W is near to Z: distances holds ||W - Z|| over all layers, one figure a turn. Fine-tuning is the user's.
+for num_iterations turns of training_epochs epochs, from Z = W, U = 0. Then base_algo prunes the network once, which by then
+loses little, as W is near to Z: distances holds ||W - Z|| over all layers, one figure a turn. Fine-tuning is the user's.
 
-Each criterion projects as it judges: level keeps the largest weights, l1, l2 and fpgm the filters with the largest scores at
-W + U (NNI took the L1 norm for l2 too). Criteria that watch training batches judge by those of the turn. Z is a copy of W; in NNI
-it was the weight itself, so that there was no penalty in the first turn. As in NNI the penalty is not scaled by the learning
-rate; the paper has it in the loss. The optimizer is Adam, 1e-3 with a decay of 5e-5, as NNI's.
+Each criterion projects as it judges: level keeps the largest weights of W + U, l1, l2 and fpgm its filters with the largest
+scores (NNI took the L1 norm for l2 too). Criteria that watch training batches judge by those of the turn. Z is a copy of W; in
+NNI it was the weight itself, so that there was no penalty in the first turn. As in NNI the penalty is not scaled by the
+learning rate; the paper has it in the loss. The optimizer is Adam, 1e-3 with a decay of 5e-5, as NNI's.
 
-On the command line the turns are a stage of the shared loop, `admm`, between pretraining and fine-tuning.
+Splitting.solve() is the algorithm. W is trained by people's trainers, train_with(), or on the command line by a stage of the
+shared loop, train_in_loop(), between pretraining and fine-tuning.
 """
 
 import inspect
@@ -37,6 +38,11 @@ from ._search import add_base_flag, refuse_to_watch_compiled
 ADAM = {'lr': 1e-3, 'weight_decay': 5e-5}
 
 
+def penalized(weight, z, u, row):
+    """Subproblem 1, the penalty's part of a step, for one layer. Splitting.penalize() makes the same of all layers at once."""
+    return weight - row * (weight - z + u)
+
+
 class Splitting:
     """W, Z and U for the layers of a one-shot pruner, `base`, whose criterion and shares say what Z may be.
 
@@ -52,20 +58,21 @@ class Splitting:
         self.U = {name: torch.zeros_like(weight) for name, weight in self.Z.items()}
         self.distances = []
         self.penalties = 0  # calls of penalize()
+        self.watches = isinstance(base, StatisticsPruner)
 
     def solve(self, train):
-        """All turns; then the criterion prunes W. train: function of this that trains W for all epochs of all turns."""
+        """All turns; then the criterion prunes W. train: function that trains W for all epochs of all turns."""
         self.watch()
-        train(self)
+        train()
         keep = self.project(self.W)
-        if isinstance(self.base, StatisticsPruner):
+        if self.watches:
             self.base.unwatch()
         self.base.set_masks(keep)
         self.base.apply()
 
     @torch.no_grad()
     def penalize(self, *_):
-        """Subproblem 1, the part of the penalty in a step: W -= row (W - Z + U), for all layers at once."""
+        """W -= row (W - Z + U), between backward() and the optimizer's step."""
         W = list(self.W.values())
         difference = torch._foreach_sub(W, list(self.Z.values()))
         torch._foreach_add_(difference, list(self.U.values()))
@@ -93,7 +100,7 @@ class Splitting:
     @torch.no_grad()
     def project(self, tensors):
         """{layer: weights} -> {layer: bool tensor} of what the criterion keeps of them."""
-        if isinstance(self.base, StatisticsPruner):
+        if self.watches:
             scores = watched_importance(self.base)
         else:
             scores = self.base.scores({name: tensor.detach() for name, tensor in tensors.items()})
@@ -101,12 +108,12 @@ class Splitting:
 
     def watch(self):
         """Let a criterion that judges by training batches see those of the turn that begins."""
-        if isinstance(self.base, StatisticsPruner):
+        if self.watches:
             self.base.watch()
 
     def state_dict(self):
         state = {'Z': self.Z, 'U': self.U, 'distances': self.distances}
-        if isinstance(self.base, StatisticsPruner):
+        if self.watches:
             state |= self.base.watched()
         return state
 
@@ -114,23 +121,20 @@ class Splitting:
         self.Z = {name: state['Z'][name].to(tensor) for name, tensor in self.Z.items()}
         self.U = {name: state['U'][name].to(tensor) for name, tensor in self.U.items()}
         self.distances = list(state['distances'])
-        if isinstance(self.base, StatisticsPruner):
+        if self.watches:
             self.base.load_watched(state)
 
 
-def train_with(trainer, splitting, num_iterations, optimizer=None, criterion=None):
+def train_with(trainer, splitting, num_iterations, optimizer, criterion=None):
     """All epochs of all turns, with a trainer(model, optimizer=, criterion=, epoch=, callback=).
 
     A trainer without `callback` is helped by a hook on the optimizer. Raises ValueError for one that takes it, trains, and does
     not call it.
     """
-    optimizer = optimizer or torch.optim.Adam(splitting.base.model.parameters(), **ADAM)
-    arguments = {'optimizer': optimizer, 'criterion': criterion or nn.CrossEntropyLoss()}
+    arguments = trainer_arguments(trainer, optimizer, criterion, splitting.penalize)
     steps = []
     handles = [optimizer.register_step_post_hook(lambda *_: steps.append(1))]
-    if takes_callback(trainer):
-        arguments['callback'] = splitting.penalize
-    else:
+    if 'callback' not in arguments:
         handles.append(optimizer.register_step_pre_hook(splitting.penalize))
     epochs = range(num_iterations * splitting.training_epochs)
     try:
@@ -142,6 +146,12 @@ def train_with(trainer, splitting, num_iterations, optimizer=None, criterion=Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+def trainer_arguments(trainer, optimizer, criterion, callback):
+    """What a trainer is called with, beside the model and the epoch: the callback only if it takes one."""
+    arguments = {'optimizer': optimizer, 'criterion': criterion or nn.CrossEntropyLoss()}
+    return arguments | {'callback': callback} if takes_callback(trainer) else arguments
 
 
 def takes_callback(trainer):
@@ -171,10 +181,10 @@ class ADMMPruner(AroundPruner):
 
     Config keys sparsity (may differ from layer to layer), op_types, op_names, exclude, as the class of base_algo takes them.
     trainer: function of model, optimizer, criterion, epoch, callback, called with these names; it trains one epoch and calls
-    callback() between backward() and step(). base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation. Other names:
-    iterations, epochs or epochs_per_iteration, rho. optimizer, criterion: instead of Adam and the cross-entropy. groups: lists of
-    layers whose filters can only be removed together. distances: ||W - Z|| after each iteration. Everything else, as masks,
-    export_model() or bind(), is that of the class of base_algo, `base`.
+    callback() between backward() and step(). base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation. Other
+    names: iterations, epochs or epochs_per_iteration, rho. optimizer, criterion: instead of Adam and the cross-entropy.
+    groups: lists of layers whose filters can only be removed together. distances: ||W - Z|| after each iteration. Everything
+    else, as masks, export_model() or bind(), is that of the class of base_algo, `base`.
     """
 
     def __init__(
@@ -206,21 +216,18 @@ class ADMMPruner(AroundPruner):
             raise ValueError('num_iterations and training_epochs must be 1 or more, and row above 0')
         self.base = base_pruner(algorithm(base_algo), model, config_list, groups, by_layer=False)
         self.trainer = trainer
-        self.optimizer_and_criterion = (optimizer, criterion)
+        self.given_optimizer = optimizer
+        self.criterion = criterion
         self.distances = []
 
     def compress(self):
         """Run all iterations on the model, prune it, and let the masks hold; returns the model."""
+        optimizer = self.given_optimizer or torch.optim.Adam(self.base.model.parameters(), **ADAM)
         splitting = Splitting(self.base, self.row, self.training_epochs)
         self.distances = splitting.distances
-        splitting.solve(
-            lambda splitting: train_with(self.trainer, splitting, self.num_iterations, *self.optimizer_and_criterion)
-        )
+        splitting.solve(lambda: train_with(self.trainer, splitting, self.num_iterations, optimizer, self.criterion))
         self.base.hook()
         return self.base.model
-
-
-# ------------------------------------------------------------------------------------------------------ the command line
 
 
 class Turns(Base):
@@ -283,7 +290,7 @@ class Method(OneShot):
         self.pretrain(job)
         base.decide_together(self.groups(job, job.model))
         splitting = Splitting(base, self.args.rho, self.args.admm_epochs)
-        splitting.solve(lambda splitting: train_in_loop(job, splitting, 'admm'))
+        splitting.solve(lambda: train_in_loop(job, splitting, 'admm'))
         self.pruner = base
         say(f'pruned: accuracy {job.evaluate(job.test):.2f} % before fine-tuning')
         self.fine_tune(job)

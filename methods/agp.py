@@ -1,5 +1,5 @@
-"""AGP, NNI's AGP_Pruner (Zhu and Gupta, "To prune, or not to prune", 2017, arXiv 1710.01878): the share of zeros grows from s_i to
-s_f along a cubic while the network trains; at each update a one-shot criterion chooses what goes next.
+"""AGP, NNI's AGP_Pruner (Zhu and Gupta, "To prune, or not to prune", 2017, arXiv 1710.01878): the share of zeros grows from
+s_i to s_f along a cubic while the network trains; at each update a one-shot criterion chooses what goes next.
 
 s = s_f + (s_i - s_f) (1 - (e - e_0) / span)^3     (equation 1), span = ((e_end - e_0 - 1) // frequency) * frequency
 
@@ -32,9 +32,9 @@ class AGP_Pruner(AroundPruner):  # noqa: N801  (NNI's name)
     """AGP_Pruner(model, config_list, optimizer, pruning_algorithm='level').
 
     Config keys final_sparsity, end_epoch, and with defaults initial_sparsity (0), start_epoch (0), frequency (1); op_types,
-    op_names, exclude as the criterion takes them. pruning_algorithm: level, slim, l1, l2, fpgm, taylorfo, apoz, mean_activation.
-    Call update_epoch(epoch) when an epoch of that number (from 0) begins. Everything else, as masks, export_model(), bind() or
-    load_masks(), is that of the criterion's pruner, `base`.
+    op_names, exclude as the criterion takes them. pruning_algorithm: level, slim, l1, l2, fpgm, taylorfo, apoz,
+    mean_activation. Call update_epoch(epoch) when an epoch of that number (from 0) begins. Everything else, as masks,
+    export_model(), bind() or load_masks(), is that of the criterion's pruner, `base`.
     """
 
     def __init__(self, model, config_list, optimizer=None, pruning_algorithm='level'):

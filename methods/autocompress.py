@@ -1,18 +1,17 @@
-"""AutoCompress, NNI's AutoCompressPruner (Liu et al., "AutoCompress: An Automatic DNN Structured Pruning Framework for Ultra-High
-Compression Rates", AAAI 2020, arXiv 1907.03141): in each of num_iterations rounds, simulated annealing splits the round's sparsity
-among the layers, ADMM training prepares the network for it, and the pruned filters are removed: the next round works on a smaller
-network.
+"""AutoCompress, NNI's AutoCompressPruner (Liu et al., "AutoCompress: An Automatic DNN Structured Pruning Framework for
+Ultra-High Compression Rates", AAAI 2020, arXiv 1907.03141): in each of num_iterations rounds, simulated annealing splits the
+round's sparsity among the layers, ADMM training prepares the network for it, and the pruned filters are removed: the next
+round works on a smaller network.
 
 The target P, `sparsity`, is the share of the weights of the layers that config_list names that is gone in the end, counted in
-the smaller network: with a filter the weights go that read its channel. Round k of n ends with at most (1 - P)^(k/n) of them, so
-each removes the same share of what is left, 1 - (1 - P)^(1/n), and roundings do not add up; the budget is met, and exceeded by
-less than one filter of a layer (of each layer, where layers that end in one residual stream lose the same filter together).
+the smaller network: with a filter the weights go that read its channel. Round k of n ends with at most (1 - P)^(k/n) of them,
+so each removes the same share of what is left, 1 - (1 - P)^(1/n), and roundings do not add up; the budget is met, and exceeded
+by less than one filter of a layer (of each layer, where layers that end in one residual stream lose the same filter together).
 With base_algo 'level' single weights become zero, cumulatively, and only channels that have died on the way are removed.
 
 Rounds.run() is the algorithm. It uses simulated_annealing.py, admm.py and deploy.shrink as they are; their deviations are its
-own. Further ones: NNI counted the
-weights of the pruned filters alone, so that much more than P was gone in the end; entries of config_list other than Conv2d
-were ignored. After the last round the network is as pruned; fine-tuning is the user's.
+own. Further ones: NNI counted the weights of the pruned filters alone, so that much more than P was gone in the end; entries of
+config_list other than Conv2d were ignored. After the last round the network is as pruned; fine-tuning is the user's.
 
 experiment_data_dir has a folder for each round with the files of its search, and, until the end, autocompress_state.pt, all
 rounds that have ended, from where it goes on when it is started again with the same model and arguments.
@@ -24,54 +23,45 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from deploy.files import read_tensors, write_json, write_tensors
+from deploy.files import write_json
 from deploy.latency import gains
 from deploy.network_file import save
-from deploy.shrinking import dependency_groups, release, shrink
-from pruners import processes, search
+from deploy.shrinking import dependency_groups, shrink
+from pruners import search
 from pruners.cost import filter_layers
 from pruners.processes import say
+from pruners.trials import Progress
 
 from ._flags import positive
 from ._search import Searching, add_annealing_flags, annealing_options, largest_share, refuse_to_watch_compiled
-from .admm import ADAM, Splitting, add_admm_flags, check_trainer, one_of_two_names, takes_callback, train_in_loop, train_with
+from .admm import ADAM, Splitting, add_admm_flags, check_trainer, one_of_two_names, train_in_loop, train_with, trainer_arguments
 from .level import LevelPruner
-from .simulated_annealing import SimulatedAnnealingPruner
+from .simulated_annealing import Annealing, SimulatedAnnealingPruner
 
 
 class Rounds:
-    """The algorithm on a network: in people's own loops and on the command line, which say how the network is trained.
+    """The algorithm on a network. The subclasses train it: with people's trainers, or with the loop of the command line.
 
-    annealing: function of a model and a config list -> SimulatedAnnealingPruner, with further arguments. rounds: their number.
-    row, training_epochs: of ADMM (Splitting). example_input: one image. Raises ValueError as SimulatedAnnealingPruner does.
+    annealing: function of a model, a config list and more -> SimulatedAnnealingPruner. rounds: their number. row,
+    training_epochs: of ADMM (Splitting). example_input: one image. Raises ValueError as SimulatedAnnealingPruner does.
     """
+
+    dependency_aware = True
 
     def __init__(self, model, config_list, annealing, rounds, row, training_epochs, example_input, folder):
         whole = annealing(model, config_list)
-        self.base = whole.base
+        self.kind = type(whole.base)
+        self.names = list(whole.base.layers)
         self.target = whole.target
         self.evaluation = whole.evaluation
-        self.names = list(whole.base.layers)
         self.weights = weights_of(whole.base)
         self.annealing = annealing
         self.rounds = rounds
         self.row = row
         self.training_epochs = training_epochs
         self.example = example_input
-        self.folder = folder
-
-    def rehearse(self, network):
-        """Remove one filter of each layer of a copy, which is returned. Raises ValueError where the network cannot be made smaller."""
-        network = copy.deepcopy(network)
-        base = self.pruner_of(network, None, self.groups(network))
-        keep = {name: torch.ones(len(layer.weight), dtype=torch.bool) for name, layer in base.layers.items()}
-        for kept in keep.values():
-            kept[0] = len(kept) == 1
-        base.set_masks(keep)
-        base.apply()
-        return shrink(network, self.example)
+        self.folder = Path(folder)
 
     def run(self, network):
         """All rounds -> the smaller network; `network` is pruned in place."""
@@ -84,39 +74,44 @@ class Rounds:
     def prune(self, network, number):
         """Split the sparsity of round `number` among the layers, train by ADMM, and mask the network, in place."""
         groups = self.groups(network)
-        splitting = Splitting(
-            self.pruner_of(network, self.split(network, number, groups), groups), self.row, self.training_epochs
-        )
-        splitting.solve(partial(self.train, number=number))
+        config_list = self.split(network, number, groups)
+        splitting = Splitting(self.one_shot(network, config_list, groups), self.row, self.training_epochs)
+        splitting.solve(partial(self.train, splitting, number))
 
     def split(self, network, number, groups):
-        """Anneal -> a config list with which the budget of round `number` is left of the weights after shrinking."""
+        """Anneal -> a config list with which (1 - P)^(k/n) of all weights are left after the removal."""
         budget = self.weights * (1 - self.target) ** (number / self.rounds)
-        present = sum(layer.weight.numel() for layer in filter_layers(self.pruner_of(network)).values())
+        present = sum(layer.weight.numel() for layer in filter_layers(self.one_shot(network)).values())
         target = max(1 - budget / present, 0.0)
-        pruner = self.annealing(
-            network,
-            [{'sparsity': target, 'op_names': self.names}],
-            experiment_data_dir=self.folder / f'round{number}',
-            max_sparsity=self.largest_share(target),
-            groups=groups,
-            example_input=self.example,
-        )
+        config_list = [{'sparsity': target, 'op_names': self.names}]
+        options = {'max_sparsity': self.largest_share(target), 'experiment_data_dir': self.folder / f'round{number}'}
+        pruner = self.annealing(network, config_list, groups=groups, example_input=self.example, **options)
         pruner.search()
         say(f'round {number}: found a split with a score of {pruner.result["performance"]:.4g}')
         return search.as_config_list(pruner.base, pruner.base.sparsity)
 
-    def pruner_of(self, network, config_list=None, groups=()):
+    def one_shot(self, network, config_list=None, groups=()):
         """The one-shot pruner of the network of a round; without a config list it prunes nothing."""
         config_list = config_list or [{'sparsity': 0.0, 'op_names': self.names}]
-        return search.base_pruner(type(self.base), network, config_list, groups)
+        return search.base_pruner(self.kind, network, config_list, groups)
+
+    def rehearse(self, network):
+        """A copy without one filter of each layer. Raises ValueError where the network cannot be made smaller."""
+        network = copy.deepcopy(network)
+        base = self.one_shot(network, None, self.groups(network))
+        keep = {name: torch.ones(len(layer.weight), dtype=torch.bool) for name, layer in base.layers.items()}
+        for kept in keep.values():
+            kept[0] = len(kept) == 1
+        base.set_masks(keep)
+        base.apply()
+        return shrink(network, self.example)
 
     def groups(self, network):
         """The layers whose filters can only be removed together."""
-        return dependency_groups(network, self.example, depthwise=True)
+        return dependency_groups(network, self.example, depthwise=True) if self.dependency_aware else []
 
     def largest_share(self, target):
-        """The largest share of any layer where the overall one is `target`."""
+        """The largest share of any layer where that of all is `target`."""
         return 1.0
 
     def train(self, splitting, number):
@@ -137,9 +132,9 @@ class AutoCompressPruner(Rounds):
     """AutoCompressPruner(model, config_list, trainer, evaluator, dummy_input, num_iterations=3, optimize_mode='maximize', ...).
 
     Config keys sparsity (one for all entries), op_types, op_names, exclude. trainer: as in ADMMPruner. evaluator: as in
-    SimulatedAnnealingPruner. dummy_input: a batch on the model's device. Other names: iterations, rho. optimizer: a function of
-    parameters, as each round has a new network; None for Adam. compress() makes `model` itself smaller: its layers stay the same
-    objects but have other parameters, and an optimizer of the old ones is of no use.
+    SimulatedAnnealingPruner. dummy_input: a batch on the model's device. Other names: iterations, rho. optimizer: a function
+    of parameters, as each round has a new network; None for Adam. compress() makes `model` itself smaller: its layers stay the
+    same objects but have other parameters, and an optimizer of the old ones is of no use.
     """
 
     def __init__(
@@ -175,25 +170,17 @@ class AutoCompressPruner(Rounds):
         row = one_of_two_names('row', row, 1e-4, 'rho', rho)
         if min(num_iterations, admm_num_iterations, admm_training_epochs) < 1 or not 0 < row < float('inf'):
             raise ValueError('numbers of iterations and epochs must be 1 or more, and row above 0')
-        options = {
-            'optimize_mode': optimize_mode,
-            'base_algo': base_algo,
-            'start_temperature': start_temperature,
-            'stop_temperature': stop_temperature,
-            'cool_down_rate': cool_down_rate,
-            'perturbation_magnitude': perturbation_magnitude,
-            'search_steps': search_steps,
-            'seed': seed,
-        }
+        numbers = (start_temperature, stop_temperature, cool_down_rate, perturbation_magnitude, search_steps, seed)
+        options = Annealing(*numbers)._asdict() | {'optimize_mode': optimize_mode, 'base_algo': base_algo}
         annealing = partial(SimulatedAnnealingPruner, evaluator=evaluator, statistics=self.statistics, **options)
-        folder = Path(experiment_data_dir)
-        super().__init__(model, config_list, annealing, num_iterations, row, admm_training_epochs, dummy_input[:1], folder)
+        admm = (row, admm_training_epochs)
+        super().__init__(model, config_list, annealing, num_iterations, *admm, dummy_input[:1], experiment_data_dir)
         self.model = model
         self.trainer = trainer
-        self.make_optimizer = optimizer
+        self.make_optimizer = optimizer or partial(torch.optim.Adam, **ADAM)
         self.criterion = criterion
         self.admm_num_iterations = admm_num_iterations
-        self.options = options
+        self.settings = (options, num_iterations, self.target, self.names, admm, admm_num_iterations)
         self.result = None
 
     def compress(self):
@@ -204,25 +191,18 @@ class AutoCompressPruner(Rounds):
         self.rehearse(self.model)
         search.open_folder(self.folder)
         network = copy.deepcopy(self.model)
-        settings = (
-            self.options,
-            self.target,
-            self.rounds,
-            self.names,
-            self.row,
-            self.training_epochs,
-            self.admm_num_iterations,
-        )
-        self.name = search.fingerprint(network, settings)
-        self.ended = self.read_ended()
-        replace_tensors(self.model, self.run(network))
+        self.progress = Progress(self.folder / 'autocompress_state.pt', search.fingerprint(network, self.settings))
+        self.ended = []  # the masked networks of the rounds that have ended
+        state = self.progress.read(self.example.device)
+        if state is not None:
+            self.ended = state['rounds']
+            torch.set_rng_state(state['rng'].cpu())
+        search.replace_tensors(self.model, self.run(network))
         with search.trial(self.model):
             score = self.evaluation.score(self.model)
-        left = weights_of(self.pruner_of(self.model))
-        self.result = {'performance': score, 'sparsity': 1 - left / self.weights}
+        self.result = {'performance': score, 'sparsity': 1 - weights_of(self.one_shot(self.model)) / self.weights}
         write_json(self.result, self.folder / 'search_result.json')
-        if processes.rank() == 0:
-            self.state_file().unlink(missing_ok=True)
+        self.progress.remove()
         return self.model
 
     def prune(self, network, number):
@@ -233,36 +213,16 @@ class AutoCompressPruner(Rounds):
         super().prune(network, number)
         network.zero_grad()
         self.ended.append(search.snapshot(network))
-        state = {'search': self.name, 'rounds': self.ended, 'rng': torch.get_rng_state()}
-        write_tensors(state, self.state_file())
+        self.progress.write(rounds=self.ended)
 
     def train(self, splitting, number):
-        train_with(self.trainer, splitting, self.admm_num_iterations, self.optimizer_of(splitting.base.model), self.criterion)
-
-    def optimizer_of(self, network):
-        if self.make_optimizer is None:
-            return torch.optim.Adam(network.parameters(), **ADAM)
-        return self.make_optimizer(network.parameters())
+        optimizer = self.make_optimizer(splitting.base.model.parameters())
+        train_with(self.trainer, splitting, self.admm_num_iterations, optimizer, self.criterion)
 
     def statistics(self, network):
         """What criteria that watch training batches see: the trainer, for an epoch."""
-        arguments = {'optimizer': self.optimizer_of(network), 'criterion': self.criterion or nn.CrossEntropyLoss()}
-        if takes_callback(self.trainer):
-            arguments['callback'] = lambda: None
-        self.trainer(network, epoch=0, **arguments)
-
-    def state_file(self):
-        return self.folder / 'autocompress_state.pt'
-
-    def read_ended(self):
-        """The masked networks of the rounds that have ended, [] if there are none of the same model and arguments."""
-        if not self.state_file().exists():
-            return []
-        state = read_tensors(self.state_file(), self.example.device)
-        if state['search'] != self.name:
-            return []
-        torch.set_rng_state(state['rng'].cpu())
-        return state['rounds']
+        optimizer = self.make_optimizer(network.parameters())
+        self.trainer(network, epoch=0, **trainer_arguments(self.trainer, optimizer, self.criterion, lambda: None))
 
     def export_model(self, model_path, mask_path=None, onnx_path=None, input_shape=None, device=None):
         """Save the smaller network's state_dict, and as ONNX if asked; there are no masks, so mask_path is not written."""
@@ -270,23 +230,8 @@ class AutoCompressPruner(Rounds):
             raise ValueError('call compress() before export_model()')
         if mask_path is not None:
             say('AutoCompress exports the smaller network, which has no masks: mask_path is not written')
-        nothing_pruned = LevelPruner(self.model, [{'sparsity': 0.0, 'op_names': self.names}])
-        nothing_pruned.export_model(model_path, None, onnx_path, input_shape, device)
-
-
-def replace_tensors(model, small):
-    """Give the layers of `model` the parameters, buffers and sizes that those of `small` have, a network of shrink()."""
-    release(model)  # from an earlier pruner, whose masks have the old shapes
-    for name, layer in model.named_modules():
-        smaller = small.get_submodule(name)
-        for key, tensor in [*smaller.named_parameters(recurse=False), *smaller.named_buffers(recurse=False)]:
-            setattr(layer, key, tensor)
-        for key, value in vars(smaller).items():
-            if type(value) in (int, tuple) and key in vars(layer):  # in_channels, num_features, ...
-                setattr(layer, key, value)
-
-
-# ------------------------------------------------------------------------------------------------------ the command line
+        prunes_nothing = LevelPruner(self.model, [{'sparsity': 0.0, 'op_names': self.names}])
+        prunes_nothing.export_model(model_path, None, onnx_path, input_shape, device)
 
 
 class RoundsInLoop(Rounds):
@@ -298,21 +243,13 @@ class RoundsInLoop(Rounds):
     def __init__(self, method, job):
         args = job.args
         self.job = job
-        annealing = partial(
-            SimulatedAnnealingPruner,
-            evaluator=method.evaluator,
-            base_algo=args.base_algo,
-            statistics=method.statistics,
-            **annealing_options(args),
-        )
-        config_list = method.config_list(job.model)
-        example = method.example()
-        super().__init__(
-            job.model, config_list, annealing, args.num_iterations, args.rho, args.admm_epochs, example, job.folder
-        )
-
-    def groups(self, network):
-        return super().groups(network) if self.job.args.dependency_aware else []
+        self.dependency_aware = args.dependency_aware
+        options = annealing_options(args) | {'base_algo': args.base_algo, 'statistics': method.statistics}
+        annealing = partial(SimulatedAnnealingPruner, evaluator=method.evaluator, **options)
+        admm = (args.rho, args.admm_epochs)
+        example = next(iter(job.test))[0][:1]
+        config = method.config_list(job.model)
+        super().__init__(job.model, config, annealing, args.num_iterations, *admm, example, job.folder)
 
     def largest_share(self, target):
         return largest_share(self.job.args, target)
@@ -322,7 +259,7 @@ class RoundsInLoop(Rounds):
 
     def end_round(self, network, number):
         self.job.model = network
-        left = weights_of(self.pruner_of(network))
+        left = weights_of(self.one_shot(network))
         accuracy = self.job.evaluate(self.job.test)
         say(f'round {number}: {left:,} weights are left in the pruned layers, accuracy {accuracy:.2f} %')
 
@@ -348,17 +285,14 @@ class Method(Searching):
         self.job = job
         self.announce(job.model)
         rounds = RoundsInLoop(self, job)
-        with tempfile.TemporaryDirectory() as folder:  # what is to be done at the end is tried before training
-            save(rounds.rehearse(job.model), Path(folder) / 'small', self.example())
+        with tempfile.TemporaryDirectory() as folder:  # what is done at the end is tried before training
+            save(rounds.rehearse(job.model), Path(folder) / 'small', rounds.example)
         dense = copy.deepcopy(job.model)
         self.pretrain(job)
         rounds.run(job.model)
         self.fine_tune(job)
-        self.gains = gains(dense, job.model, self.example())
-        save(job.model, job.folder / 'small', self.example(), run=str(job.folder))
-
-    def example(self):
-        return next(iter(self.job.test))[0][:1]
+        self.gains = gains(dense, job.model, rounds.example)
+        save(job.model, job.folder / 'small', rounds.example, run=str(job.folder))
 
     def facts(self):
         return self.gains

@@ -33,9 +33,9 @@ def sparsity_at(k, final, rounds):
 class LotteryTicketPruner(Compressor):
     """LotteryTicketPruner(model, config_list, optimizer=None, lr_scheduler=None, reset_weights=True).
 
-    Config keys prune_iterations (equal in all entries), sparsity, op_types, op_names, exclude. The state of model, optimizer and
-    scheduler at construction, or at the last save_rewind_point(), is what each round goes back to; reset_weights=False goes on
-    from the trained weights instead.
+    Config keys prune_iterations (equal in all entries), sparsity, op_types, op_names, exclude. The state of model, optimizer
+    and scheduler at construction, or at the last save_rewind_point(), is what each round goes back to; reset_weights=False
+    goes on from the trained weights instead.
     """
 
     REQUIRED = ('prune_iterations', 'sparsity')

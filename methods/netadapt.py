@@ -1,16 +1,17 @@
 """NetAdapt, NNI's NetAdaptPruner (Yang et al., "NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications",
-ECCV 2018, arXiv 1804.03230, Algorithm 1): in each iteration every layer in turn is pruned alone until the network's cost has
-fallen by a fixed step, fine-tuned for a short time and evaluated; the best of these networks is where the next iteration starts.
+ECCV 2018, arXiv 1804.03230, Algorithm 1; here NetAdaptPruner.search()): in each iteration every layer in turn is pruned alone
+until the network's cost has fallen by a fixed step, fine-tuned for a short time and evaluated; the next iteration starts from
+the best of these networks.
 
-The cost is that of the network as it would be without its dead channels, found through its channel graph (channels.py,
-shrink.py): the weights of all its convolutions and linear layers, also of those that config_list does not name (cost='params'),
-or the multiply-accumulates of one example (cost='macs'). The target `sparsity` is the share of this cost that goes; each iteration
-takes sparsity_per_iteration of it, the last one what is missing. Layers that end in one residual stream are pruned together, as
-their filters can only be removed together. With base_algo 'level' the cost is that of the weights that are not zero.
+The cost is that of the network as it would be without its dead channels (pruners/cost.py): the weights of all its convolutions
+and linear layers, also of those that config_list does not name (cost='params'), or the multiply-accumulates of one example
+(cost='macs'). The target `sparsity` is the share of this cost that goes; each iteration takes sparsity_per_iteration of it, the
+last one what is missing. Layers that end in one residual stream are pruned together, as their filters can only be removed
+together. With base_algo 'level' the cost is that of the weights that are not zero.
 
-A layer gives a step with the fewest filters whose removal saves as much. When no layer can give the step, it is halved until one
-can; when none can give anything, each having one filter left, the search ends with what it has, and says so. Each iteration
-lowers a cost that is a whole number, so it always ends. Among equal scores the layer that has lost the least share goes on.
+A layer gives a step with the fewest filters whose removal saves as much. When no layer can give the step, it is halved until
+one can; when none can give anything, each having one filter left, the search ends with what it has, and says so. Each
+iteration lowers a cost that is a whole number, so it always ends. Among equal scores the layer that has lost the least goes on.
 
 Deviations. From the paper: the cost is counted, not measured on a device; there is no final long fine-tuning, which is the
 user's; the step does not shrink from iteration to iteration. From NNI: it took the next layer in the order of the modules for
@@ -19,9 +20,9 @@ the one that reads this one, added up nominal steps instead of counting, and did
 The graph needs an example input: example_input, or else the first one that the evaluator sends through the model, or else
 zeros of usual sizes. Where the model cannot be traced, only the weights of the pruned filters themselves are counted.
 
-experiment_data_dir holds search_history.csv, a line for each candidate, search_result.json, and search_state.pt, everything after
-the last iteration that has ended, from where the search goes on when it is started again with the same model and arguments.
-The random numbers that the fine-tuner takes from torch's generator on the CPU are then those of a search without interruption.
+experiment_data_dir holds search_history.csv, a line for each candidate, search_result.json, and search_state.pt, everything
+after the last iteration that has ended. Started again with the same model and arguments, the search goes on from there; the
+random numbers that the fine-tuner takes from torch's generator on the CPU are then those of a search without interruption.
 """
 
 import json
@@ -31,12 +32,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from deploy.files import read_tensors, write_tensors
 from deploy.shrinking import dependency_groups
 from pruners import processes, search
 from pruners.cost import COSTS, ShrunkCost, own_cost, usual_example
 from pruners.processes import say
 from pruners.selection import pruned_first
+from pruners.trials import History, Progress, same_score
 
 from ._algorithms import algorithm
 from ._flags import fraction, nonnegative, positive
@@ -58,11 +59,13 @@ class NetAdaptPruner(search.Search):
 
     Config keys sparsity (one for all entries: the share of the network's cost), op_types, op_names, exclude.
     short_term_fine_tuner: function of the masked model that trains it a little, or None. evaluator: function of the model -> a
-    number. base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation; the last three watch what short_term_fine_tuner
-    does. cost: 'params' or 'macs'. example_input: a batch for the channel graph. dependency_aware=False: each layer alone, although
-    the filters of a residual stream then save nothing until all of its layers have lost them. The model ends with the weights of
-    the best candidate of the last iteration, masked.
+    number. base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation; the last three watch what
+    short_term_fine_tuner does. cost: 'params' or 'macs'. example_input: a batch for the channel graph. dependency_aware=False:
+    each layer alone, although the filters of a residual stream then save nothing until all of its layers have lost them. The
+    model ends with the weights of the best candidate of the last iteration, masked.
     """
+
+    STATE = ('dense', 'counts', 'rows', 'left', 'iteration', 'performance', 'importances')  # after an iteration
 
     def __init__(
         self,
@@ -81,8 +84,8 @@ class NetAdaptPruner(search.Search):
     ):
         if short_term_fine_tuner is not None and not callable(short_term_fine_tuner):
             raise ValueError(f'short_term_fine_tuner must be a function of the model, got {short_term_fine_tuner!r}')
-        evaluation = search.Evaluation(evaluator, optimize_mode)
-        super().__init__(model, config_list, evaluation, algorithm(base_algo), experiment_data_dir, short_term_fine_tuner)
+        kind = algorithm(base_algo)
+        super().__init__(model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, short_term_fine_tuner)
         if not 0 < sparsity_per_iteration < 1:
             raise ValueError(f'sparsity_per_iteration must lie between 0 and 1, got {sparsity_per_iteration}')
         if cost not in COSTS:
@@ -93,7 +96,7 @@ class NetAdaptPruner(search.Search):
         self.example = example_input
         self.dependency_aware = dependency_aware
         self.settings = (type(self.base).__name__, optimize_mode, self.base.entries, self.step, self.kind, dependency_aware)
-        self.history = search.History(
+        self.history = History(
             self.folder / 'search_history.csv', 'sparsity', 'performance', 'config_list', 'iteration', 'layer'
         )
 
@@ -196,7 +199,7 @@ class NetAdaptPruner(search.Search):
     def start(self):
         """Score the network as it comes, or go on after the last iteration of this search that has ended."""
         search.open_folder(self.folder)
-        self.name = search.fingerprint(self.base.model, self.settings)
+        self.progress = Progress(self.folder / 'search_state.pt', search.fingerprint(self.base.model, self.settings))
         self.numbers = search.sizes(self.base)
         self.counts = dict.fromkeys(self.base.layers, 0)
         self.rows = []  # of the history
@@ -242,20 +245,13 @@ class NetAdaptPruner(search.Search):
     def save(self):
         """Write the history, and all that the next iteration needs."""
         state = {name: getattr(self, name) for name in self.STATE}
-        state |= {'weights': search.snapshot(self.base.model), 'keep': self.base.keep, 'rng': torch.get_rng_state()}
-        write_tensors(state, self.folder / 'search_state.pt')
+        self.progress.write(**state, weights=search.snapshot(self.base.model), keep=self.base.keep)
         self.history.write(self.rows)
-
-    STATE = ('name', 'dense', 'counts', 'rows', 'left', 'iteration', 'performance', 'importances')
 
     def resume(self):
         """Go on from search_state.pt, if it is of this search and the evaluator says the same of the model as it came."""
-        path = self.folder / 'search_state.pt'
-        if not path.exists():
-            return
-        state = read_tensors(path, next(self.base.model.parameters()).device)
-        same = math.isclose(state['dense'], self.dense, rel_tol=1e-4, abs_tol=1e-12)
-        if state.get('name') != self.name or not (same or math.isnan(state['dense']) and math.isnan(self.dense)):
+        state = self.progress.read(next(self.base.model.parameters()).device)
+        if state is None or not same_score(state['dense'], self.dense):
             return
         for name in self.STATE:
             setattr(self, name, state[name])

@@ -3,32 +3,32 @@
 its heuristic search, Algorithm 1; here anneal()).
 
 The target `sparsity` is the share of the weights of the layers that config_list names, all together. A candidate gives each
-layer a share; the one-shot criterion `base_algo` masks the model accordingly, the evaluator scores it, and it is accepted if it
-is better, or else with probability exp(-100 d / T), d the loss of score as a share of the spread of all scores seen so far: with
-accuracies in percent that range from 0 to 100 this is NNI's exp(-dE / T), with any other scale of scores it works the same.
-T = start_temperature, times cool_down_rate until stop_temperature is reached; at each T search_steps candidates are tried.
+layer a share; the one-shot criterion `base_algo` masks the model accordingly, the evaluator scores it, and it is accepted if
+it is better, or else with probability exp(-100 d / T), d the loss of score as a share of the spread of all scores seen so far:
+with accuracies in percent that range from 0 to 100 this is NNI's exp(-dE / T), with any other scale of scores it works the
+same. T = start_temperature, times cool_down_rate until stop_temperature is reached; at each T search_steps candidates are
+tried.
 
 Layers of more weights never get a smaller share than layers of fewer (the paper's guide of the search, as NNI does it); layers
-of equal size are free. A candidate is a random or perturbed list of shares, ordered so and shifted, with shares kept in [0, 1),
-by the least constant with which the pruned filters hold at least the target: it is met, and exceeded by less than one filter, at
-any target that leaves each layer a filter. Nothing is drawn again, so the search ends after a number of steps that is known
-before. A perturbation is uniform in +-perturbation_magnitude T / start_temperature.
+of equal size are free. A candidate is a random or perturbed list of shares, ordered so and shifted by the least constant with
+which the pruned filters hold at least the target; shares stay in [0, 1). The target is met, and exceeded by less than one
+filter, unless layers would lose their last one. Nothing is drawn again, so the number of steps is known before. A
+perturbation is uniform in +-perturbation_magnitude T / start_temperature.
 
 Deviations from NNI: the first candidate is the uniform split, so that what is found is never worse; search_steps candidates a
 temperature, where NNI waited until one was accepted; the best candidate of all is what is exported; equal counts of filters are
 evaluated once. A score that is not a number counts as the worst.
 
-experiment_data_dir holds search_history.csv, a line for each candidate evaluated, and search_result.json. Started again with the
-same model and arguments, the search takes over the scores of search_history.csv and ends as if it had not been interrupted: it
-draws from a generator of its own, seeded with `seed`. The first candidate is evaluated anew; if its score is another one, the
-evaluator has changed, and so the file is not used.
+experiment_data_dir holds search_history.csv, a line for each candidate evaluated, and search_result.json. Started again with
+the same model and arguments, the search takes over the scores of search_history.csv and ends as if it had not been
+interrupted: it draws from a generator of its own, seeded with `seed`. The first candidate is evaluated anew; if its score is
+another one, the evaluator has changed, and so the file is not used.
 
-On the command line a candidate's batch norm statistics are taken anew from --recalibrate training batches before it is scored, as
-after strong pruning accuracy says little without (Li et al., "EagleEye", ECCV 2020, arXiv 2007.02491), layers that end in one
-residual stream get one share and lose the same filters, and no layer loses more than --max-sparsity.
+On the command line a candidate's batch norm statistics are taken anew from --recalibrate training batches before it is scored,
+as after strong pruning accuracy says little without (Li et al., "EagleEye", ECCV 2020, arXiv 2007.02491), layers that end in
+one residual stream get one share and lose the same filters, and no layer loses more than --max-sparsity.
 """
 
-import json
 import math
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ from pruners import processes, search
 from pruners.cost import OwnCost, ShrunkCost, filter_layers
 from pruners.processes import say
 from pruners.selection import num_pruned
+from pruners.trials import Trials
 
 from ._algorithms import algorithm
 from ._search import Searching, add_annealing_flags, annealing_options, largest_share
@@ -78,7 +79,8 @@ class Annealing(NamedTuple):
 def anneal(splits, trials, annealing):
     """Algorithm 1 of the paper -> the best candidate that was tried.
 
-    splits.candidate(values): any list of values made into a candidate. trials.utility(candidate, temperature): larger is better.
+    splits.candidate(values) makes a candidate of any list of values. trials.utility(candidate, temperature) is larger for a
+    better one.
     """
     generator = torch.Generator().manual_seed(annealing.seed)
     temperatures = [t for t in annealing.temperatures() for _ in range(annealing.search_steps)]
@@ -100,7 +102,7 @@ def anneal(splits, trials, annealing):
         if utility > best_utility:
             best = candidate
             best_utility = utility
-            bar.set_postfix(best_utility=best_utility)
+            bar.set_postfix(best=trials.score(best))
     return best
 
 
@@ -188,74 +190,16 @@ def shift_until(fits, values, largest=search.LARGEST_SHARE):
     return shifted(high)
 
 
-class Trials:
-    """What candidates are worth: each set of counts is evaluated once, and is a line of search_history.csv."""
-
-    def __init__(self, pruner, splits, importances):
-        self.base = pruner.base
-        self.evaluation = pruner.evaluation
-        self.splits = splits
-        self.importances = importances
-        self.name = search.fingerprint(pruner.base.model, pruner.settings)
-        path = pruner.folder / 'search_history.csv'
-        self.history = search.History(path, 'sparsity', 'performance', 'config_list', 'temperature', 'search')
-        self.seen = {}  # {counts: score}, in this search so far
-        self.known = {}  # the same, of this search when it was cut short
-
-    def begin(self, first, temperature):
-        """Take over the scores of the same search, if the evaluator still says the same of its first candidate."""
-        score = self.evaluate(first)
-        rows = processes.same([row for row in self.history.read() if row['search'] == self.name])
-        if not rows or not math.isclose(float(rows[0]['performance']), score, rel_tol=1e-4, abs_tol=1e-12):
-            rows = []
-        self.history.write(row.values() for row in rows)
-        for row in rows:
-            shares = {entry['op_names'][0]: entry['sparsity'] for entry in json.loads(row['config_list'])}
-            candidate = [shares[unit[0]] for unit in self.splits.units]
-            self.known[self.key(candidate)] = float(row['performance'])
-        if not rows:
-            self.add(first, score, temperature)
-
-    def add(self, candidate, score, temperature):
-        self.seen[self.key(candidate)] = score
-        config_list = json.dumps(search.as_config_list(self.base, self.splits.shares(candidate)))
-        self.history.add(self.splits.sparsity(candidate), score, config_list, temperature, self.name)
-
-    def utility(self, candidate, temperature):
-        """Larger is better. A candidate is evaluated if there was none of the same counts before."""
-        key = self.key(candidate)
-        if key in self.known:  # acceptance looks at the spread of what has been seen, so not earlier than at its turn
-            self.seen[key] = self.known[key]
-        elif key not in self.seen:
-            self.add(candidate, self.evaluate(candidate), temperature)
-        return self.evaluation.utility(self.seen[key])
-
-    def utilities(self):
-        return [self.evaluation.utility(score) for score in self.seen.values()]
-
-    def evaluate(self, candidate):
-        with search.trial(self.base.model):
-            self.base.set_masks(self.masks(candidate))
-            self.base.apply()
-            return self.evaluation.score(self.base.model)
-
-    def masks(self, candidate):
-        return search.keep_counts(self.importances, self.splits.counts(candidate))
-
-    def key(self, candidate):
-        return tuple(self.splits.counts(candidate).values())
-
-
 class SimulatedAnnealingPruner(search.Search):
     """SimulatedAnnealingPruner(model, config_list, evaluator, optimize_mode='maximize', base_algo='l1', ...).
 
     Config keys sparsity (one for all entries: the share of the weights of all layers named), op_types, op_names, exclude.
-    evaluator: function of the masked model -> a number. base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation; the
-    last three need statistics, a function of the model that runs training batches. search_steps: candidates a temperature.
-    max_sparsity: no layer gets a larger share; by itself the search may leave one filter of a layer, if the evaluator likes it.
-    groups: lists of layers whose filters can only be removed together (deploy.dependency_groups): they get one share and lose
-    the same filters. example_input: given one, the weights are counted in the network without its dead channels, so that with a
-    filter those go that read it. The model is masked in place for each candidate, and restored.
+    evaluator: function of the masked model -> a number. base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation;
+    the last three need statistics, a function of the model that runs training batches. search_steps: candidates a temperature.
+    max_sparsity: no layer gets a larger share; by itself the search may leave one filter of a layer, if the evaluator likes
+    it. groups: lists of layers whose filters can only be removed together (deploy.dependency_groups): they get one share and
+    lose the same filters. example_input: given one, the weights are counted in the network without its dead channels, so that
+    with a filter those go that read it. The model is masked in place for each candidate, and restored.
     """
 
     def __init__(
@@ -278,8 +222,8 @@ class SimulatedAnnealingPruner(search.Search):
         statistics=None,
         example_input=None,
     ):
-        evaluation = search.Evaluation(evaluator, optimize_mode)
-        super().__init__(model, config_list, evaluation, algorithm(base_algo), experiment_data_dir, statistics, groups)
+        kind = algorithm(base_algo)
+        super().__init__(model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, statistics, groups)
         numbers = (start_temperature, stop_temperature, cool_down_rate, perturbation_magnitude, search_steps, seed)
         self.annealing = Annealing(*numbers)
         self.annealing.check()
@@ -303,7 +247,7 @@ class SimulatedAnnealingPruner(search.Search):
         if reached < self.target - 1e-9:
             say(f'the target of {self.target} cannot be met: with all that each layer can give {reached:.4f} is pruned')
         best = anneal(splits, trials, self.annealing)
-        figures = {'performance': trials.seen[trials.key(best)], 'sparsity': splits.sparsity(best)}
+        figures = {'performance': trials.score(best), 'sparsity': splits.sparsity(best)}
         figures['met'] = figures['sparsity'] >= self.target - 1e-9
         self.finish(splits.shares(best), trials.masks(best), figures)
 

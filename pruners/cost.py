@@ -18,8 +18,8 @@ COSTS = ('params', 'macs')
 class ChannelCost:
     """What a network costs once the dead channels are removed: a function of the filters that are kept.
 
-    kind: 'params', weights of convolutions and linear layers, or 'macs' of one example. names: count these layers only, None for
-    all. Raises ValueError for a model that cannot be traced.
+    kind: 'params', weights of convolutions and linear layers, or 'macs' of one example. names: count these layers only, None
+    for all. Raises ValueError for a model that cannot be traced.
     """
 
     def __init__(self, model, example_input, kind='params', names=None):
@@ -70,8 +70,8 @@ class ChannelCost:
         return int(rows.sum()) * int(columns.sum()) / (len(rows) * len(columns))
 
 
-# The cost of a candidate of a search: functions of counts, {layer: how many are pruned}, and scores, {layer: tensor}, of which the
-# least are pruned first. `base` is the one-shot pruner of the search.
+# The cost of a candidate of a search: functions of counts, {layer: how many are pruned}, and scores, {layer: tensor}, of
+# which the least are pruned first. `base` is the one-shot pruner of the search.
 
 
 class ShrunkCost:

@@ -1,12 +1,11 @@
 """What the searches of NNI share: simulated annealing, NetAdapt, AutoCompress.
 
-A search tries masks on a model. A one-shot pruner, `base`, says by its criterion which filters (or weights) of a layer go first,
-so a candidate is a number for each layer: `counts`, {layer: how many of its filters, or weights, are pruned}. An evaluator gives
-the masked model a score.
+A search tries masks on a model. A one-shot pruner, `base`, says by its criterion which filters (or weights) of a layer go
+first, so a candidate is a number for each layer: `counts`, {layer: how many of its filters, or weights, are pruned}. An
+evaluator gives the masked model a score.
 """
 
 import contextlib
-import csv
 import hashlib
 import json
 import math
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from deploy.files import write_json
+from deploy.shrinking import release
 
 from . import processes
 from .compressor import GlobalPruner, StatisticsPruner
@@ -44,8 +44,8 @@ def base_pruner(kind, model, config_list, groups=(), by_layer=True):
 def importance(base, statistics=None):
     """{layer: scores} by the criterion of a pruner; layers that are decided together (base.groups) have equal ones.
 
-    statistics: a function of the model that runs training batches forward and backward, for the criteria that watch them. Raises
-    ValueError where one is needed and there is none.
+    statistics: a function of the model that runs training batches forward and backward, for the criteria that watch them.
+    Raises ValueError where one is needed and there is none.
     """
     if isinstance(base, StatisticsPruner):
         check_statistics(type(base), statistics)
@@ -88,6 +88,18 @@ def trial(model):
 def snapshot(model):
     """A copy of the model's state dict."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def replace_tensors(model, small):
+    """Give the layers of `model` the parameters, buffers and sizes that those of `small` have, a network of shrink()."""
+    release(model)  # from an earlier pruner, whose masks have the old shapes
+    for name, layer in model.named_modules():
+        smaller = small.get_submodule(name)
+        for key, tensor in [*smaller.named_parameters(recurse=False), *smaller.named_buffers(recurse=False)]:
+            setattr(layer, key, tensor)
+        for key, value in vars(smaller).items():
+            if type(value) in (int, tuple) and key in vars(layer):  # in_channels, num_features, ...
+                setattr(layer, key, value)
 
 
 def fingerprint(model, *settings):
@@ -158,14 +170,14 @@ class AroundPruner:
 class Search(AroundPruner):
     """A pruner that searches: search() sets the masks of `base`, and `result`, {performance, sparsity, met, config_list}."""
 
-    def __init__(self, model, config_list, evaluation, kind, experiment_data_dir, statistics, groups=()):
+    def __init__(self, model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, statistics, groups=()):
+        self.evaluation = Evaluation(evaluator, optimize_mode)
         self.base = base_pruner(kind, model, config_list, groups)
         targets = sorted(set(self.base.sparsity.values()))
         if len(targets) > 1:
             raise ValueError(f'sparsity is the overall target, so all entries of config_list need the same, not {targets}')
         check_statistics(kind, statistics)
         self.target = targets[0]
-        self.evaluation = evaluation
         self.statistics = statistics
         self.folder = Path(experiment_data_dir)
         self.result = None
@@ -205,29 +217,3 @@ def open_folder(folder):
     if processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     processes.wait()
-
-
-class History:
-    """search_history.csv: a line for each candidate. Only the first process writes."""
-
-    def __init__(self, path, *columns):
-        self.path = path
-        self.columns = columns
-
-    def read(self):
-        """The lines as dicts of texts, but one that was cut short; [] where there is no such file."""
-        if not self.path.exists():
-            return []
-        with open(self.path, newline='') as file:
-            return [row for row in csv.DictReader(file) if list(row) == list(self.columns) and None not in row.values()]
-
-    def write(self, rows):
-        """Begin the file anew with these rows."""
-        if processes.rank() == 0:
-            with open(self.path, 'w', newline='') as file:
-                csv.writer(file).writerows([self.columns, *rows])
-
-    def add(self, *row):
-        if processes.rank() == 0:
-            with open(self.path, 'a', newline='') as file:
-                csv.writer(file).writerow(row)

@@ -13,7 +13,7 @@ import archs
 from deploy import files, network_file
 from methods import ADMMPruner, AutoCompressPruner, L1FilterPruner, L2FilterPruner, LevelPruner
 from methods._algorithms import ALGORITHMS, algorithm
-from methods.admm import Splitting
+from methods.admm import Splitting, penalized
 
 
 def linear(rows):
@@ -58,6 +58,19 @@ def test_one_turn_by_hand():
     assert weight.tolist() == [[0, -3.5], [3.5, 0]]
     splitting.update()  # W + U = [[1.5, -3.5], [3.5, -1.5]]
     assert splitting.U['0'].tolist() == [[1.5, 0], [0, -1.5]] and splitting.distances[1] == 0
+
+
+def test_the_penalty_of_all_layers_at_once_is_that_of_each():
+    torch.manual_seed(0)
+    splitting = Splitting(LevelPruner(residual(), [{'sparsity': 0.5, 'op_types': ['default']}]), row=0.3)
+    for tensors in (splitting.Z, splitting.U):
+        for tensor in tensors.values():
+            tensor.normal_()
+    expected = {name: penalized(w, splitting.Z[name], splitting.U[name], 0.3) for name, w in splitting.W.items()}
+    splitting.penalize()
+    assert len(expected) == 4
+    for name, weight in splitting.W.items():
+        torch.testing.assert_close(weight, expected[name])
 
 
 def test_z_is_a_copy_so_that_the_first_turn_has_a_penalty():
@@ -414,8 +427,8 @@ def test_autocompress_on_the_command_line(tmp_path, monkeypatch):
     assert all(torch.equal(saved[name], tensor) for name, tensor in state.items() if name in saved)
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert files.read_json(tmp_path / 'whole' / 'round1' / 'search_result.json')['met']
-    # two of the rehearsal, arguments, two of pretraining, three of each round, two of fine-tuning: killed in round 2 and after it
-    for number in (10, 12, 13):
+    # writes: arguments, two of the rehearsal, two of pretraining, three of each round, two of fine-tuning
+    for number in (10, 12, 13):  # in round 2, at its end, and after it
         with monkeypatch.context() as patch:
             kill_at(patch, number)
             with pytest.raises(Killed):

@@ -274,6 +274,22 @@ def test_the_cost_is_that_of_the_shrunk_network():
     assert ChannelCost(model, x)(one) == weights(model)
 
 
+@pytest.mark.parametrize('target', [0.3, 0.6])
+def test_annealing_with_an_example_input_counts_the_shrunk_network(target, tmp_path):
+    model = chain()
+    pruner = anneal(model, tmp_path, sensitivity, of_target(target), example_input=torch.zeros(1, 4, 9, 9))
+    pruner.compress()
+    a, b, c = (width - pruned for width, pruned in zip((12, 16, 20), pruned_filters(model).values(), strict=True))
+    left = 36 * a + 9 * a * b + 9 * b * c
+    assert pruner.result['sparsity'] == 1 - left / 5040 and pruner.result['met']
+    assert 0 <= 5040 * (1 - target) - left < 9 * (12 + 20)  # a filter of the second layer, and what reads it
+
+
+def test_annealing_refuses_an_example_input_for_what_cannot_be_traced(tmp_path):
+    with pytest.raises(ValueError, match='trace'):
+        anneal(Untraceable(), tmp_path, example_input=torch.zeros(1, 2, 9, 9))
+
+
 def test_every_iteration_of_netadapt_cuts_its_step_and_a_stream_is_pruned_together(tmp_path):
     model = residual()
     pruner = adapt(model, tmp_path, config_list=of_target(0.7))
@@ -588,7 +604,7 @@ def test_the_documents_example_of_netadapt(tmp_path, monkeypatch):
         'sparsity': 0.5,
         'op_types': ['Conv2d']
     }]
-    pruner = NetAdaptPruner(model, config_list, short_term_fine_tuner=short_term_fine_tuner, evaluator=evaluator,base_algo='l1', experiment_data_dir='./')
+    pruner = NetAdaptPruner(model, config_list, short_term_fine_tuner=short_term_fine_tuner, evaluator=evaluator,base_algo='l1', experiment_data_dir='./')  # noqa: E501
     pruner.compress()
     # fmt: on
     state, masks = exported(pruner, tmp_path)
@@ -605,7 +621,7 @@ def test_the_documents_example_of_simulated_annealing(tmp_path, monkeypatch):
         'sparsity': 0.5,
         'op_types': ['Conv2d']
     }]
-    pruner = SimulatedAnnealingPruner(model, config_list, evaluator=evaluator, base_algo='l1', cool_down_rate=0.9, experiment_data_dir='./')
+    pruner = SimulatedAnnealingPruner(model, config_list, evaluator=evaluator, base_algo='l1', cool_down_rate=0.9, experiment_data_dir='./')  # noqa: E501
     pruner.compress()
     # fmt: on
     state, masks = exported(pruner, tmp_path)
