@@ -38,7 +38,7 @@ def feather_formula(weight: torch.Tensor, threshold: torch.Tensor | float, p: fl
 
 def gradient_mask(sparse: torch.Tensor, theta: float) -> torch.Tensor:
     """What the gradient is multiplied by: 1 where the weight is kept (`sparse` is not zero), theta where it is pruned."""
-    return sparse.sign().abs_().clamp_(min=theta)
+    return sparse.sign().abs_().clamp_min_(theta)
 
 
 class _Feather(torch.autograd.Function):
@@ -85,17 +85,15 @@ class _Feather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.needs_input_grad[
-            1
-        ]:  # of a trained threshold, as adaptive_formula() has it: - sum over pruned weights of g w / b
+        if ctx.needs_input_grad[1]:  # of a trained threshold, see adaptive_formula()
             sparse, weight, threshold = ctx.saved_tensors
             kept = gradient_mask(sparse, 0)
             to_threshold = -(grad * weight * (1 - kept)).sum_to_size(threshold.shape) / threshold
-            return grad * kept.clamp_(min=ctx.theta), to_threshold, None, None
+            return grad * kept.clamp_min_(ctx.theta), to_threshold, None, None
         if ctx.theta == 1:
             return grad, None, None, None
         (sparse,) = ctx.saved_tensors
-        return gradient_mask(sparse, ctx.theta).mul_(grad), None, None, None
+        return grad * gradient_mask(sparse, ctx.theta), None, None, None
 
 
 def feather(weight: torch.Tensor, threshold: torch.Tensor | float, p: float = 3, theta: float = 1.0) -> torch.Tensor:
@@ -331,7 +329,9 @@ def weights_to_prune(
         if pattern not in seen:
             raise ValueError(f'{pattern!r} is the name of no layer and of no matrix among the parameters of this model')
     if not chosen:
-        raise ValueError(f'the model has no convolution or linear layer with at least {pthres} weights to be pruned')
+        raise ValueError(
+            f'the model has no convolution or linear layer with at least {pthres} weights to be pruned' + _left(left_out)
+        )
     for places in chosen.values():
         for name, module, attribute in places:
             if isinstance(module, PRUNABLE) and attribute == 'weight':
@@ -393,8 +393,9 @@ def _kernel(layer):
 
     None where the trial fails or hands over none.
     """
-    shape = [1, layer.in_features]
-    if not isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear):
+        shape = [1, layer.in_features]
+    else:
         shape = [1, layer.in_channels]
         shape += [2 * dilation * (size - 1) + 1 for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
     weight = layer.weight
@@ -426,14 +427,16 @@ def summary(model: nn.Module, chosen: dict[str, list], left_out: dict[str, tuple
     """One line of what weights_to_prune() chose and left out: n of N parameters, and the other matrices by kind."""
     pruned = sum(dense_weight(*places[0]).numel() for places in chosen.values())
     total = sum(parameter.numel() for parameter in model.parameters())
+    return f'{pruned:,} of {total:,} parameters are pruned, those of {len(chosen)} weights' + _left(left_out)
+
+
+def _left(left_out):
+    """The end of that line."""
     kinds = {}
     for why, size in left_out.values():
         kinds.setdefault(why, []).append(size)
-    line = f'{pruned:,} of {total:,} parameters are pruned, those of {len(chosen)} weights'
-    if kinds:
-        parts = [f'{len(sizes)} x {why} ({sum(sizes):,})' for why, sizes in kinds.items()]
-        line += f'; left out: {"; ".join(parts)}; include= prunes matrices by name'
-    return line
+    parts = [f'{len(sizes)} x {why} ({sum(sizes):,})' for why, sizes in kinds.items()]
+    return f'; left out: {"; ".join(parts)}; include= prunes matrices by name' if parts else ''
 
 
 SHARDED = 'the weight of {} is sharded (FSDP, DTensor), so no process sees what it has to rank: use DistributedDataParallel'
@@ -1165,9 +1168,12 @@ def count_macs(model: nn.Module, example_input) -> dict[str, tuple[int, int]]:
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole block would hide its products
     try:
         with evaluation(model), parametrize.cached():  # the thresholded weights are the same tensors at each use
+            places = {name: (layer, 'weight') for name, layer in layers.items()}
             for name, module, attribute in matrices(model):
-                storage = getattr(module, attribute).untyped_storage()
-                names.setdefault(storage.data_ptr(), []).append(place_name(name, attribute))
+                if not isinstance(module, PRUNABLE):  # of those, what their weight may be computed from
+                    places[place_name(name, attribute)] = (module, attribute)
+            for name, place in places.items():
+                names.setdefault(getattr(*place).untyped_storage().data_ptr(), []).append(name)
             with _Products(record):
                 model(*unnamed, **named)
     finally:
