@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -194,6 +195,7 @@ def test_an_averaged_network_is_baked_with_thresholds_of_its_own(backbone):
         average.update_parameters(model)
     dense = dense_state_dict(average.module)
     pruner.bake(average)
+    assert not any('_ddp_params_and_buffers_to_ignore' in vars(module) for module in average.modules())
     groups = [WEIGHTS] if backbone == 'global' else [36, 320]
     assert zeros_of(average) == sum(exact(n, 0.8) for n in groups)
     for name in ('0.weight', '4.weight'):  # the largest weights of the average are what is left
@@ -875,6 +877,23 @@ def test_desparsify_is_exact_at_the_ratio_it_ends_at(backbone, calls):
         pruner.desparsify()
     groups = [WEIGHTS] if backbone == 'global' else [36, 320]
     assert zeros_of(model) == (sum(exact(n, ratio) for n in groups) if ratio else 0)
+
+
+def test_thresholds_that_were_loaded_with_the_model_are_kept():
+    """To evaluate a checkpoint of an attached network nobody needs the pruner's own state."""
+    source = small_net()
+    first = quiet(source, final_rate=0.9, nbatches=4, epochs=1)
+    for _ in range(4):
+        first.update_thresh()
+    for bake in ('desparsify', 'bake'):
+        model = small_net()
+        pruner = quiet(model, final_rate=0.9, nbatches=4, epochs=1)
+        model.load_state_dict(source.state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            result = pruner.desparsify() if bake == 'desparsify' else pruner.bake(copy.deepcopy(model))
+        assert zeros_of(result) == exact(WEIGHTS, 0.9)
+        pickle.dumps(result)  # plain modules can be
 
 
 def test_the_way_out_of_the_warning_prunes_to_the_final_rate():
