@@ -20,6 +20,7 @@ import contextlib
 import fnmatch
 import math
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def feather_formula(weight: torch.Tensor, threshold: torch.Tensor | float, p: fl
 
 def gradient_mask(sparse: torch.Tensor, theta: float) -> torch.Tensor:
     """What the gradient is multiplied by: 1 where the weight is kept (`sparse` is not zero), theta where it is pruned."""
-    return sparse.sign().abs_().clamp_(min=theta)
+    return sparse.sign().abs_().clamp_min_(theta)
 
 
 class _Feather(torch.autograd.Function):
@@ -85,17 +86,15 @@ class _Feather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.needs_input_grad[
-            1
-        ]:  # of a trained threshold, as adaptive_formula() has it: - sum over pruned weights of g w / b
+        if ctx.needs_input_grad[1]:  # of a trained threshold, see adaptive_formula()
             sparse, weight, threshold = ctx.saved_tensors
             kept = gradient_mask(sparse, 0)
             to_threshold = -(grad * weight * (1 - kept)).sum_to_size(threshold.shape) / threshold
-            return grad * kept.clamp_(min=ctx.theta), to_threshold, None, None
+            return grad * kept.clamp_min_(ctx.theta), to_threshold, None, None
         if ctx.theta == 1:
             return grad, None, None, None
         (sparse,) = ctx.saved_tensors
-        return gradient_mask(sparse, ctx.theta).mul_(grad), None, None, None
+        return grad * gradient_mask(sparse, ctx.theta), None, None, None
 
 
 def feather(weight: torch.Tensor, threshold: torch.Tensor | float, p: float = 3, theta: float = 1.0) -> torch.Tensor:
@@ -331,7 +330,9 @@ def weights_to_prune(
         if pattern not in seen:
             raise ValueError(f'{pattern!r} is the name of no layer and of no matrix among the parameters of this model')
     if not chosen:
-        raise ValueError(f'the model has no convolution or linear layer with at least {pthres} weights to be pruned')
+        raise ValueError(
+            f'the model has no convolution or linear layer with at least {pthres} weights to be pruned' + _left(left_out)
+        )
     for places in chosen.values():
         for name, module, attribute in places:
             if isinstance(module, PRUNABLE) and attribute == 'weight':
@@ -339,7 +340,7 @@ def weights_to_prune(
     return {name: [place[1:] for place in places] for name, places in chosen.items()}, left_out
 
 
-def matrices(model: nn.Module):
+def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(name of the module, module, attribute) of each parameter with two dimensions or more, attached or not, all its places.
 
     Raises ValueError for parameters without a shape (of lazy modules).
@@ -393,8 +394,9 @@ def _kernel(layer):
 
     None where the trial fails or hands over none.
     """
-    shape = [1, layer.in_features]
-    if not isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear):
+        shape = [1, layer.in_features]
+    else:
         shape = [1, layer.in_channels]
         shape += [2 * dilation * (size - 1) + 1 for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
     weight = layer.weight
@@ -426,14 +428,16 @@ def summary(model: nn.Module, chosen: dict[str, list], left_out: dict[str, tuple
     """One line of what weights_to_prune() chose and left out: n of N parameters, and the other matrices by kind."""
     pruned = sum(dense_weight(*places[0]).numel() for places in chosen.values())
     total = sum(parameter.numel() for parameter in model.parameters())
+    return f'{pruned:,} of {total:,} parameters are pruned, those of {len(chosen)} weights' + _left(left_out)
+
+
+def _left(left_out):
+    """The end of that line."""
     kinds = {}
     for why, size in left_out.values():
         kinds.setdefault(why, []).append(size)
-    line = f'{pruned:,} of {total:,} parameters are pruned, those of {len(chosen)} weights'
-    if kinds:
-        parts = [f'{len(sizes)} x {why} ({sum(sizes):,})' for why, sizes in kinds.items()]
-        line += f'; left out: {"; ".join(parts)}; include= prunes matrices by name'
-    return line
+    parts = [f'{len(sizes)} x {why} ({sum(sizes):,})' for why, sizes in kinds.items()]
+    return f'; left out: {"; ".join(parts)}; include= prunes matrices by name' if parts else ''
 
 
 SHARDED = 'the weight of {} is sharded (FSDP, DTensor), so no process sees what it has to rank: use DistributedDataParallel'
@@ -530,8 +534,8 @@ def evaluation(model: nn.Module):
             module.training = training
 
 
-def bake(layers) -> None:
-    """Turn the layers (an iterable) into plain ones that hold the weights they computed with; names and order as before."""
+def bake(layers: Iterable[nn.Module]) -> None:
+    """Turn the layers into plain ones that hold the weights they computed with; names and order as before."""
     _bake([(layer, 'weight') for layer in dict.fromkeys(layers)])
 
 
@@ -583,13 +587,15 @@ def _hide_from_ddp(model):
 
 
 def _show_to_ddp(model):
-    """Undo _hide_from_ddp(), before the thresholds are baked in."""
-    hidden = set(_threshold_names(model))
-    left = [name for name in getattr(model, DDP_IGNORES, []) if name not in hidden]
-    if left:
-        setattr(model, DDP_IGNORES, left)
-    elif hasattr(model, DDP_IGNORES):
-        delattr(model, DDP_IGNORES)
+    """Undo _hide_from_ddp(), before the thresholds are baked in; also where the model is a part of `model`."""
+    for module in model.modules():
+        if DDP_IGNORES in vars(module):
+            hidden = set(_threshold_names(module))
+            left = [name for name in getattr(module, DDP_IGNORES) if name not in hidden]
+            if left:
+                setattr(module, DDP_IGNORES, left)
+            else:
+                delattr(module, DDP_IGNORES)
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -667,7 +673,7 @@ class Pruner:
     include, exclude: names or patterns of weights, see weights_to_prune(); say: prints one line of what is pruned and what is
     left out; None is quiet.
     Raises ValueError for settings that cannot work, before the model is changed. Works before or after the optimizer is made,
-    and before or after DistributedDataParallel wraps the model: parameters stay the same. FSDP is refused by update_thresh().
+    and before or after DistributedDataParallel wraps the model: parameters stay the same. FSDP is refused.
     """
 
     def __init__(
@@ -686,7 +692,7 @@ class Pruner:
         backbone: str = 'global',
         include: str | list[str] = (),
         exclude: str | list[str] = (),
-        say=print,
+        say: Callable[[str], None] | None = print,
     ):
         if not 0 < final_rate < 1:
             raise ValueError(f'final_rate is the fraction of zeros and must lie between 0 and 1, got {final_rate}')
@@ -718,6 +724,9 @@ class Pruner:
         self.step = 0
         self._ratio = 0.0
         self._places = chosen  # {name: [(module, attribute), ...]}
+        devices = {str(dense_weight(*places[0]).device) for places in chosen.values()}
+        if backbone == 'global' and len(devices) > 1:
+            raise ValueError(f"the weights lie on {', '.join(sorted(devices))}: one threshold needs one device, or 'layerwise'")
         if say is not None:
             say(summary(model, chosen, left_out))
         self._attach()
@@ -825,13 +834,15 @@ class Pruner:
 
         The threshold is recomputed for the weights as they are, so that the count is exact: at final_rate when the ramp has
         ended, else at the ratio it has reached. Warns when update_thresh() was called more or less often than announced.
+        Before the first call, thresholds that were loaded with the model are used as they are.
         """
         if self.backbone == 'asl':
             return iter_desparsify(self.model)
         if self.threshold is not None:
-            self._warn()
-            self._ratio = self._end_ratio()
-            self._recompute()
+            if not self._loaded(self._operators(self._places)):
+                self._warn()
+                self._ratio = self._end_ratio()
+                self._recompute()
             _show_to_ddp(self.model)
             _bake([place for places in self._places.values() for place in places])
         return self.model
@@ -841,6 +852,10 @@ class Pruner:
         if self.ramp is None or self.step >= min(self.total_steps, self.ramp[1]):
             return self.final_rate
         return self._ratio
+
+    def _loaded(self, operators):
+        """Whether the thresholds were loaded with the model, and not this pruner's state: then they stay as they are."""
+        return self.step == 0 and any(operator.threshold > 0 for operator in operators)
 
     def _warn(self):
         if self.total_steps is None or self.total_steps - self.total_steps / 10 <= self.step <= 1.1 * self.total_steps + 1:
@@ -870,19 +885,26 @@ class Pruner:
         copies = self._same_places(paths, other)
         if copies is None:
             raise ValueError(f'{type(other).__name__} is no copy of the model: it lacks some of {", ".join(paths)}')
+        operators = [operator_of(*place) for places in copies.values() for place in places]
         ratio = self._end_ratio()
-        for names in self._groups:
-            weights = [dense_weight(*copies[name][0]) for name in names]
-            threshold = global_threshold(weights, ratio) if ratio > 0 else torch.zeros_like(weights[0][:1].sum())
-            for name, weight in zip(names, weights, strict=True):
-                attached = [place for place in copies[name] if operator_of(*place) is not None]
-                for place in attached:
-                    operator_of(*place).threshold.copy_(threshold)
-                if not attached:
-                    weight.copy_(feather(weight, threshold, self.p))
+        if ratio > 0 and not (None not in operators and self._loaded(operators)):
+            for names in self._groups:
+                self._threshold_copies({name: copies[name] for name in names}, ratio)
         _show_to_ddp(other)
         _bake([place for places in copies.values() for place in places])
         return other
+
+    def _threshold_copies(self, copies, ratio):
+        """Give weights that share a threshold that of this ratio; what has no operator is thresholded in place."""
+        weights = [dense_weight(*places[0]) for places in copies.values()]
+        threshold = global_threshold(weights, ratio)
+        for weight, places in zip(weights, copies.values(), strict=True):
+            operators = [operator_of(*place) for place in places]
+            if operators[0] is None:
+                weight.copy_(feather(weight, threshold, self.p))
+            else:
+                for operator in operators:
+                    operator.threshold.copy_(threshold)
 
     @staticmethod
     def _same_places(paths, other):
@@ -987,7 +1009,7 @@ def iter_sparsify(
     theta: float = 1.0,
     include: str | list[str] = (),
     exclude: str | list[str] = (),
-    say=print,
+    say: Callable[[str], None] | None = print,
 ) -> nn.Module:
     """Adaptive Sparsity Loss ("Weight Pruning via Adaptive Sparsity Loss", Retsinas et al., ICIP 2021, arXiv 2006.02768).
 
@@ -1127,7 +1149,7 @@ def count_zeros(model: nn.Module, pthres: int = 0, include: str | list[str] = ()
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module, example_input) -> dict[str, tuple[int, int]]:
+def count_macs(model: nn.Module, example_input: torch.Tensor | tuple | list | dict) -> dict[str, tuple[int, int]]:
     """{layer name: (dense, nonzero)}: multiply-accumulates of each convolution and linear layer for one example.
 
     example_input: a batch [B, ...] that the model accepts, or a tuple or dict of several inputs; counts are divided by B. They
@@ -1165,9 +1187,12 @@ def count_macs(model: nn.Module, example_input) -> dict[str, tuple[int, int]]:
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole block would hide its products
     try:
         with evaluation(model), parametrize.cached():  # the thresholded weights are the same tensors at each use
+            places = {name: (layer, 'weight') for name, layer in layers.items()}
             for name, module, attribute in matrices(model):
-                storage = getattr(module, attribute).untyped_storage()
-                names.setdefault(storage.data_ptr(), []).append(place_name(name, attribute))
+                if not isinstance(module, PRUNABLE):  # of those, what their weight may be computed from
+                    places[place_name(name, attribute)] = (module, attribute)
+            for name, place in places.items():
+                names.setdefault(getattr(*place).untyped_storage().data_ptr(), []).append(name)
             with _Products(record):
                 model(*unnamed, **named)
     finally:

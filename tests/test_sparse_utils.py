@@ -499,7 +499,7 @@ import ast
 tree = ast.parse(open('sparse_utils.py').read())
 for node in ast.walk(tree):
     names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-    assert all(name.split('.')[0] in {'torch', 'contextlib', 'fnmatch', 'math', 'warnings'} for name in names), names
+    assert all(name.split('.')[0] in {'torch', 'collections', 'contextlib', 'fnmatch', 'math', 'warnings'} for name in names), names
 print('fine')
 """
     done = subprocess.run([sys.executable, '-c', sketch], cwd=tmp_path, capture_output=True, text=True)
