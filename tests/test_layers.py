@@ -113,7 +113,12 @@ def test_every_module_at_the_root_has_a_layer():
 
 def test_third_parties_of_the_library():
     """What people copy or import needs torch and few others; sparse_utils needs torch and the standard library."""
-    allowed = {'sparse_utils': {'torch', 'contextlib', 'fnmatch', 'math', 'warnings'}, 'deploy': None, 'pruners': None, 'methods': None}
+    allowed = {
+        'sparse_utils': {'torch', 'contextlib', 'fnmatch', 'math', 'warnings'},
+        'deploy': None,
+        'pruners': None,
+        'methods': None,
+    }
     heavy = {'yaml', 'tensorboard', 'sklearn', 'matplotlib', 'torchvision', 'numpy', 'scipy'}
     for name, path in files().items():
         layer = name.split('.')[0]
