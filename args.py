@@ -53,7 +53,10 @@ def common_parser():
         default='resnet20',
         help=f'network of archs/: {", ".join(archs.names())}, and any wrn<depth>_<k> (default: %(default)s)',
     )
-    add('--width', type=positive, help='channels of the first stage of a CIFAR ResNet (default: 32; He et al. have 16)')
+    text = 'channels of the first stage of a CIFAR ResNet (default: 32; He et al. have 16), a wide ResNet (16k) or a VGG (64)'
+    add('--width', type=positive, help=text)
+    text = 'a narrower network with at most the parameters, or MACs, that --ptarget leaves: a control, for --method dense'
+    add('--small-dense', choices=['parameters', 'macs'], help=text)
     add('--dropout', type=nonnegative, default=0.0, help='dropout rate of a wide ResNet (default: %(default)s)')
     add('--bn-momentum', type=nonnegative, help="momentum of batch norm's running statistics (default: PyTorch's 0.1)")
     add('--ptarget', type=fraction, default=0.95, help='final target pruning ratio, a fraction of zeros (default: %(default)s)')
@@ -79,6 +82,8 @@ def common_parser():
     add('--flip', action=switch, help='random horizontal flips (default: for CIFAR and ImageNet)')
     add('--mean', type=float, nargs='+', help="normalisation, a value a channel (default: the dataset's)")
     add('--std', type=float, nargs='+', help="normalisation, a value a channel (default: the dataset's)")
+    text = "normalise each image by its own mean and standard deviation, instead of --mean and --std (RigL's CIFAR-10)"
+    add('--per-image', action=switch, default=None, help=text)
     add('--drop-last', action=switch, default=False, help='leave out the last, smaller batch of an epoch')
 
     add = parser.add_argument_group('training').add_argument
@@ -195,6 +200,8 @@ def parse(argv):
     del args.help
     args.command = None
     fill_in_data(parser, args)
+    if args.small_dense and args.method != 'dense':
+        parser.error('--small-dense is a control: use it with --method dense')
     if args.dropout >= 1:
         parser.error('--dropout must be below 1')
     args.sname = args.sname or f'{args.method}_{args.model}'

@@ -6,6 +6,7 @@ lenet300_100 end in a global average pool and so take any image from 8x8 up (VGG
 
 import re
 
+import torch
 from torch import nn
 
 from .densenet import densenet40_24_bc
@@ -38,31 +39,32 @@ def names():
 def build(name, num_classes, width=None, in_channels=3, image_size=32, dropout=0.0, bn_momentum=None):
     """Build a freshly initialised network.
 
-    width: channels of the first stage, CIFAR ResNets only (default 32; He et al. use 16).
+    width: channels of the first stage of CIFAR ResNets (default 32; He et al. use 16), wide ResNets (default 16k)
+    and VGGs (default 64); the other stages follow.
     image_size: fixes the input of lenet300_100 and is checked for VGG; the others do not depend on it.
     dropout: WRN only. bn_momentum: set on every BatchNorm2d; None keeps PyTorch's 0.1.
     """
-    is_wrn = re.fullmatch(r'wrn([0-9]+)_([0-9]+)', name)
+    is_wrn = re.fullmatch(r'wrn([0-9]+)_([0-9]+)(_nobias)?', name)
     if name not in names() and not is_wrn:
-        raise ValueError(f'unknown network {name!r}: choose one of {", ".join(names())}, or any wrn<depth>_<k>')
-    if width is not None and name not in CIFAR_RESNETS:
-        raise ValueError(f'{name} has no width option, only {", ".join(CIFAR_RESNETS)} have')
+        raise ValueError(f'unknown network {name!r}: choose one of {", ".join(names())}, or any wrn<depth>_<k>[_nobias]')
+    if width is not None and name not in [*CIFAR_RESNETS, *VGGS] and not is_wrn:
+        raise ValueError(f'{name} has no width option, only {", ".join([*CIFAR_RESNETS, *VGGS])} and wrn<depth>_<k> have')
     if dropout != 0 and not is_wrn:
         raise ValueError(f'{name} has no dropout option, only wrn<depth>_<k> has')
-    width = 32 if width is None else width
-    if min(num_classes, width, in_channels, image_size) < 1:
+    if min(num_classes, in_channels, image_size, 1 if width is None else width) < 1:
         raise ValueError('num_classes, width, in_channels and image_size must be at least 1')
 
     if name in CIFAR_RESNETS:
-        net = cifar_resnet(int(name.removeprefix('resnet')), num_classes, width, in_channels)
+        net = cifar_resnet(int(name.removeprefix('resnet')), num_classes, width or 32, in_channels)
     elif name == 'mobilenet_v1':
         net = mobilenet_v1(num_classes, in_channels)
     elif name == 'densenet':
         net = densenet40_24_bc(num_classes, in_channels)
     elif is_wrn:
-        net = wrn(int(is_wrn[1]), int(is_wrn[2]), num_classes, in_channels, dropout)
+        biased = is_wrn[3] is None
+        net = wrn(int(is_wrn[1]), int(is_wrn[2]), num_classes, in_channels, dropout, biased, width)
     elif name in VGGS:
-        net = vgg_bn(int(name.removeprefix('vgg')), num_classes, in_channels, image_size)
+        net = vgg_bn(int(name.removeprefix('vgg')), num_classes, in_channels, image_size, width or 64)
     elif name == 'lenet300_100':
         net = lenet300_100(num_classes, in_channels, image_size)
     else:
@@ -76,5 +78,46 @@ def build(name, num_classes, width=None, in_channels=3, image_size=32, dropout=0
 
 
 def from_args(args, num_classes, in_channels, image_size):
-    """The network that a run's arguments ask for. args: has model, width, dropout and bn_momentum; the rest is the data's."""
-    return build(args.model, num_classes, args.width, in_channels, image_size, args.dropout, args.bn_momentum)
+    """The network that a run's arguments ask for. args: has model, width, dropout and bn_momentum; the rest is the data's.
+
+    With small_dense ('parameters' or 'macs') it is the narrower one that small_width() finds for ptarget.
+    """
+    settings = {'in_channels': in_channels, 'image_size': image_size}
+    width = args.width
+    if measure := vars(args).get('small_dense'):
+        width = small_width(args.model, args.ptarget, measure, num_classes, width, **settings)
+    return build(args.model, num_classes, width, dropout=args.dropout, bn_momentum=args.bn_momentum, **settings)
+
+
+def small_width(name, sparsity, measure, num_classes, width=None, **settings):
+    """The width of the small dense control: the largest for which the network has no more than the given one has left.
+
+    Left, with a share `sparsity` of zeros in all convolutions and linear layers, are
+    measure 'parameters': those that are not zero, biases and norms included
+    measure 'macs':       multiply-accumulates with non-zero weights, when every layer has that share of zeros
+    Raises ValueError for networks without a width, and where even a width of 1 has more.
+    """
+    parameters, prunable, macs = size_of(name, num_classes, width, **settings)
+    limit = parameters - round(sparsity * prunable) if measure == 'parameters' else (1 - sparsity) * macs
+    for smaller in range(1, 10**4):
+        parameters, _, macs = size_of(name, num_classes, smaller, **settings)
+        if (parameters if measure == 'parameters' else macs) > limit:
+            break
+    if smaller == 1:
+        raise ValueError(f'no width of {name} has as few {measure} as a share of {sparsity:g} zeros leaves')
+    return smaller - 1
+
+
+def size_of(name, num_classes, width=None, **settings):
+    """(parameters, weights of convolutions and linear layers, multiply-accumulates for an image) of a network of archs."""
+    with torch.device('meta'):
+        net = build(name, num_classes, width, **settings).eval()
+        image = torch.zeros(1, settings['in_channels'], settings['image_size'], settings['image_size'])
+    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    uses = {}
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, inputs, output: uses.update({layer: output[0].numel() // output.shape[1]}))
+    net(image)
+    prunable = sum(layer.weight.numel() for layer in layers)
+    macs = sum(layer.weight.numel() * uses[layer] for layer in layers)
+    return sum(parameter.numel() for parameter in net.parameters()), prunable, macs

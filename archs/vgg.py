@@ -14,15 +14,16 @@ from .init import kaiming_normal
 
 # convs before each of the five max-pools
 CONVS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
-CHANNELS = (64, 128, 256, 512, 512)
+CHANNELS = (1, 2, 4, 8, 8)  # in units of the first, which are 64
 
 
-def vgg_bn(depth, num_classes, in_channels=3, image_size=32):
+def vgg_bn(depth, num_classes, in_channels=3, image_size=32, width=64):
     if image_size < 32:
         raise ValueError(f'vgg{depth} halves the image five times and needs at least 32x32 pixels, not {image_size}')
     layers = []
     previous = in_channels
-    for convs, channels in zip(CONVS[depth], CHANNELS, strict=True):
+    for convs, units in zip(CONVS[depth], CHANNELS, strict=True):
+        channels = units * width
         for _ in range(convs):
             conv = nn.Conv2d(previous, channels, 3, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]

@@ -87,6 +87,7 @@ def load(args, device):
         (images, labels), test, source = read_stored(args.dataset, args.data_dir, args.no_download)
 
     common = dict(device=device, mean=args.mean, std=args.std, channels_last=args.channels_last)
+    common |= dict(per_image=vars(args).get('per_image'))  # runs of before do not have it
     shown = dict(pad=args.pad, pad_mode=args.pad_mode, flip=args.flip, seed=args.seed, drop_last=args.drop_last)
     end, start = split_sizes(len(images), args)
     train = Batches(images[:end], labels[:end], args.batch_size, train=True, **shown, **common)
@@ -119,17 +120,31 @@ def epoch_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def normaliser(mean, std, device, channels_last):
-    """The function from uint8 images [B, C, H, W] to float32 ones, (x / 255 - mean) / std."""
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
+def normaliser(mean, std, device, channels_last, per_image=False):
+    """The function from uint8 images [B, C, H, W] to float32 ones, (x / 255 - mean) / std; or see standardised()."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    if per_image:
+        return lambda images: standardised(images.to(torch.float32, memory_format=layout))
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
     return lambda images: images.to(torch.float32, memory_format=layout).div_(255).sub_(mean).div_(std)
+
+
+def standardised(images):
+    """Each image minus the mean of all its values, over their standard deviation, but at least 1 / sqrt(number of values).
+
+    images: float [B, C, H, W], pixels in [0, 255]. This is TensorFlow's per_image_standardization.
+    """
+    values = images.flatten(1)
+    mean = values.mean(1).view(-1, 1, 1, 1)
+    std = values.std(1, correction=0).clamp(min=values.shape[1] ** -0.5).view(-1, 1, 1, 1)
+    return (images - mean) / std
 
 
 class Batches:
     """A dataset in memory: iterating yields (images float32 [B, C, H, W], labels int64 [B]) on the device.
 
-    `images` is uint8 [N, C, H, W], `labels` int64 [N]; `mean` and `std` have C values, for pixels in [0, 1].
+    `images` is uint8 [N, C, H, W], `labels` int64 [N]; `mean` and `std` have C values, for pixels in [0, 1];
+    with `per_image` each image is standardised by its own instead.
     For evaluation (the default) everything comes once, in order and unchanged. With `train` the images come
     shuffled, each cropped at a random place after padding every side by `pad` pixels and, with `flip`,
     mirrored half the time. `pad_mode` is 'zeros' (black before normalisation), 'edge' or 'reflect'. The last
@@ -152,6 +167,7 @@ class Batches:
         drop_last=False,
         seed=0,
         channels_last=False,
+        per_image=False,
     ):
         self.num_images = len(images)
         self.batch_size = batch_size
@@ -161,7 +177,7 @@ class Batches:
         self.seed = seed
         self.epoch = 0
         self.pad, self.flip = (pad, flip) if train else (0, False)
-        self.normalise = normaliser(mean, std, device, channels_last)
+        self.normalise = normaliser(mean, std, device, channels_last, per_image)
         self.labels = labels.to(device)
         height, width = images.shape[2:]
         if self.pad:
@@ -440,7 +456,7 @@ class FolderBatches:
         self.batch_size = args.batch_size
         self.workers = args.workers
         self.drop_last = train and args.drop_last
-        self.normalise = normaliser(args.mean, args.std, device, args.channels_last)
+        self.normalise = normaliser(args.mean, args.std, device, args.channels_last, vars(args).get('per_image'))
 
     def __len__(self):
         return number_of_batches(self.num_images, self.batch_size, self.train, self.drop_last)

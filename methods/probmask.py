@@ -26,6 +26,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sparse_utils import attach, bake, layers_to_prune
 
@@ -54,7 +55,8 @@ def relaxed_mask(score, temp, noise):
 
 def noise_like(score):
     """Logistic noise from the global generator."""
-    u0, u1 = torch.rand_like(score), torch.rand_like(score)
+    u0 = torch.rand_like(score)
+    u1 = torch.rand_like(score)
     return -torch.log(torch.log(u0 + EPS) / torch.log(u1 + EPS) + EPS)
 
 
@@ -68,11 +70,13 @@ def project(scores, budget):
     if budget < sum(score.numel() for score in scores):
         every = torch.cat([score.reshape(-1) for score in scores])
         fits = every.clamp(0, 1).sum() <= budget
-        low, high = v, every.max().clamp(min=0)  # the sum at `high` is always within the budget
+        low = v
+        high = every.max().clamp(min=0)  # the sum at `high` is always within the budget
         for _ in range(30):  # halving [0, 1] so often is finer than float32
             middle = (low + high) / 2
             enough = (every - middle).clamp_(0, 1).sum() <= budget
-            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+            low = torch.where(enough, low, middle)
+            high = torch.where(enough, middle, high)
         v = torch.where(fits, v, high)
     for score in scores:
         score.sub_(v).clamp_(0, 1)
@@ -91,8 +95,16 @@ def most_probable(scores, weights, kept):
     return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 
 
+def drawn_weight(weight, score, temp):
+    """What a layer computes with in a training forward: the weight times a relaxed draw of its mask."""
+    return weight * relaxed_mask(score, temp, noise_like(score))
+
+
 class Gate(nn.Module):
-    """A parametrization: relaxed and random where a training forward is differentiated, else the hard mask."""
+    """A parametrization: relaxed and random where a training forward is differentiated, else the hard mask.
+
+    The backward pass draws the same numbers again: kept, the steps of drawn_weight() would take three times the weights' memory.
+    """
 
     def __init__(self, weight, temp):
         super().__init__()
@@ -102,7 +114,7 @@ class Gate(nn.Module):
 
     def forward(self, weight):
         if self.training and torch.is_grad_enabled():
-            return weight * relaxed_mask(self.score, self.temperature, noise_like(self.score))
+            return checkpoint(drawn_weight, weight, self.score, self.temperature, use_reentrant=False)
         return torch.where(self.mask, weight, 0)
 
 
@@ -116,7 +128,8 @@ class Method(Base):
             raise ValueError(f'the ramp must lie in [0, 1], but goes from {args.ramp_start:g} to {args.ramp_end:g}')
         if args.accumulate > 1 and args.samples > 1:
             raise ValueError('--accumulate needs --samples 1: further samples see the whole batch at once')
-        self.gates, self.masks = [], None  # masks: a list, once they are fixed
+        self.gates = []
+        self.masks = None  # a list, once they are fixed
         self.fit = None
 
     @staticmethod
@@ -172,7 +185,7 @@ class Method(Base):
 
     def after_backward(self, step, batch):
         if self.masks is not None:  # before clipping: the gradient of a pruned weight is zero
-            self.multiply([weight.grad for weight in self.weights])
+            self.apply_masks([weight.grad for weight in self.weights])
         elif self.args.samples > 1:
             self.average_draws(*batch)
 
@@ -189,14 +202,16 @@ class Method(Base):
     def after_step(self, step, batch):
         if self.masks is None:
             self.adam.step()
+            self.adam.zero_grad()  # frees memory, which project() needs
             project(self.scores, self.keep * self.total)
         else:
-            self.multiply(self.weights)
+            self.apply_masks(self.weights)
             for key in ('momentum_buffer', 'exp_avg'):  # of SGD, of Adam
-                self.multiply([self.fit.optimizer.state[weight].get(key) for weight in self.weights])
+                self.apply_masks([self.fit.optimizer.state[weight].get(key) for weight in self.weights])
 
     @torch.no_grad()
-    def multiply(self, tensors):
+    def apply_masks(self, tensors):
+        """Multiply by the masks, in place: one tensor or None for each of the weights."""
         for tensor, mask in zip(tensors, self.masks, strict=True):
             if tensor is not None:
                 tensor.mul_(mask)
@@ -222,7 +237,8 @@ class Method(Base):
         job.train.set_epoch(0)  # a resumed run must see the same images
         batches = list(itertools.islice(job.train, SAMPLE_BATCHES))
         job.model.eval()
-        losses, draws = [], [[torch.bernoulli(score) > 0 for score in self.scores] for _ in range(self.args.sample_masks)]
+        draws = [[torch.bernoulli(score) > 0 for score in self.scores] for _ in range(self.args.sample_masks)]
+        losses = []
         for masks in draws:
             self.set_masks(masks)
             losses.append(sum(F.cross_entropy(job.model(images), labels) for images, labels in batches).item())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import archs
+from sparse_utils import count_macs
 
 ANY_SIZE = ['resnet20', 'mobilenet_v1', 'densenet', 'wrn16_2', 'resnet18', 'resnet50']  # from 8x8 up
 CONV_NETS = [*ANY_SIZE, 'vgg16']
@@ -51,6 +52,8 @@ def build(name, num_classes=7, **options):
         ('mobilenet_v1', 100, {}, 3_315_428, 3_287_488),
         ('densenet', 100, {}, 714_196, 703_920),
         ('wrn16_8', 100, {}, 11_012_036, 11_000_240),
+        ('wrn22_2', 10, {}, 1_081_226, 1_076_912),
+        ('wrn22_2_nobias', 10, {}, 1_079_642, 1_076_912),
         ('vgg16', 10, {}, 14_724_042, 14_715_584),
         ('vgg19', 10, {}, 20_035_018, 20_024_000),
         ('lenet300_100', 10, {'in_channels': 1, 'image_size': 28}, 266_610, 266_200),
@@ -184,8 +187,8 @@ def test_unknown_name_lists_the_names(name):
         ('wrn17_8', {}, 'depth must be 6n'),
         ('wrn4_8', {}, 'depth must be 6n'),
         ('wrn16_0', {}, 'widening factor'),
-        ('vgg16', {'width': 16}, 'no width option'),
-        ('wrn16_8', {'width': 16}, 'no width option'),
+        ('densenet', {'width': 16}, 'no width option'),
+        ('wrn16_8', {'width': 0}, 'at least 1'),
         ('resnet18', {'width': 16}, 'no width option'),
         ('resnet20', {'width': 0}, 'at least 1'),
         ('resnet20', {'dropout': 0.3}, 'no dropout option'),
@@ -218,3 +221,49 @@ def test_broken_torchvision(error, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match='resnet18 needs torchvision.*does not fit this torch'):
         archs.build('resnet18', 10)
+
+
+# ------------------------------------------------------------------------------------------- small dense controls
+
+
+def test_widths():
+    one, two = archs.build('wrn22_2_nobias', 10), archs.build('wrn22_2_nobias', 10, width=22)
+    assert [one.conv1.out_channels, one.stage1[0].conv1.out_channels, one.fc.in_features] == [16, 32, 128]
+    assert [two.conv1.out_channels, two.stage1[0].conv1.out_channels, two.fc.in_features] == [11, 22, 88]
+    channels = [module.out_channels for module in archs.build('vgg16', 10, width=20).modules() if isinstance(module, nn.Conv2d)]
+    assert channels == [20] * 2 + [40] * 2 + [80] * 3 + [160] * 6
+
+
+def test_small_networks_by_hand():
+    # ResNet-20, width 16, 10 classes: 272,474 parameters, 270,896 of them weights. Half of these as zeros leave 137,026
+    settings = {'in_channels': 3, 'image_size': 32}
+    assert [archs.size_of('resnet20', 10, width, **settings)[0] for width in (11, 12)] == [129_359, 153_766]
+    assert archs.small_width('resnet20', 0.5, 'parameters', 10, 16, **settings) == 11
+    # WRN-22-2 at 80 %: the stem and the three stages of the control have 7, 14, 28 and 56 channels
+    assert archs.small_width('wrn22_2_nobias', 0.8, 'parameters', 10, **settings) == 14
+
+
+@pytest.mark.parametrize('name, width', [('resnet20', 6), ('wrn10_1', None), ('vgg16', 8)])
+@pytest.mark.parametrize('measure', ['parameters', 'macs'])
+def test_small_networks_are_the_nearest_that_are_not_above(name, width, measure):
+    settings = {'in_channels': 3, 'image_size': 32}
+    parameters, prunable, macs = archs.size_of(name, 10, width, **settings)
+    for sparsity in (0.3, 0.9):
+        found = archs.small_width(name, sparsity, measure, 10, width, **settings)
+        sizes = [archs.size_of(name, 10, width, **settings) for width in (found, found + 1)]
+        here, above = (size[0] if measure == 'parameters' else size[2] for size in sizes)
+        left = parameters - sparsity * prunable if measure == 'parameters' else (1 - sparsity) * macs
+        assert here <= left + 0.5 < above + 0.5
+
+
+def test_macs_are_those_of_count_macs():
+    net = archs.build('wrn10_1', 10)
+    counted = sum(dense for dense, _ in count_macs(net, torch.zeros(1, 3, 32, 32)).values())
+    assert archs.size_of('wrn10_1', 10, in_channels=3, image_size=32)[2] == counted
+
+
+def test_small_networks_that_cannot_be():
+    with pytest.raises(ValueError, match='no width of resnet20 has as few parameters'):
+        archs.small_width('resnet20', 0.9999, 'parameters', 10, 8, in_channels=3, image_size=32)
+    with pytest.raises(ValueError, match='densenet has no width option'):
+        archs.small_width('densenet', 0.5, 'macs', 10, in_channels=3, image_size=32)

@@ -780,3 +780,23 @@ def test_make_data_from_the_command_line(tmp_path):
     subprocess.run(command, check=True)
     loaded = load('cifar100', tmp_path)
     assert (loaded.train.num_images, loaded.test.num_images) == (7, 3)
+
+
+def test_per_image_standardisation_by_hand():
+    # values 0, 30, 30, 60 twice: mean 30, standard deviation sqrt(900 / 2) = 21.2132; a constant image becomes 0
+    images = torch.tensor([[[[0, 30], [30, 60]]] * 2, [[[7, 7], [7, 7]]] * 2], dtype=torch.uint8).view(2, 2, 2, 2)
+    batches = data.Batches(images, torch.zeros(2), 2, 'cpu', [0.5, 0.5], [0.1, 0.1], per_image=True)
+    (shown, _), *_ = batches
+    root = 2**0.5
+    assert torch.allclose(shown[0], torch.tensor([[[-root, 0], [0, root]]] * 2)) and shown[1].count_nonzero() == 0
+    wide = data.standardised(255 * torch.rand(3, 3, 8, 8))
+    assert torch.allclose(wide.mean((1, 2, 3)), torch.zeros(3), atol=1e-6)
+    assert torch.allclose(wide.flatten(1).std(1, correction=0), torch.ones(3), atol=1e-5)
+
+
+def test_per_image_is_after_the_crop_and_in_evaluation_too():
+    loaded = load('digits', per_image=True, pad=2)
+    for batches in (loaded.train, loaded.test):
+        images, _ = next(iter(batches))
+        assert torch.allclose(images.mean((1, 2, 3)), torch.zeros(len(images)), atol=1e-5)
+    assert next(iter(load('digits').test))[0].mean((1, 2, 3)).abs().max() > 0.1
