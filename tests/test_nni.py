@@ -492,7 +492,7 @@ def test_agp_defaults_entries_and_errors():
             AGP_Pruner(Small(), [AGP | {'op_types': ['default']} | change])
     with pytest.raises(ValueError, match='no pruning algorithm'):
         AGP_Pruner(Small(), [AGP | {'op_types': ['default']}], None, 'l0')
-    with pytest.raises(ValueError, match='takes Conv2d only'):
+    with pytest.raises(ValueError, match='takes Conv1d, Conv2d, .* only'):
         AGP_Pruner(Small(), [AGP | {'op_types': ['default']}], None, 'l1')
     different = [AGP | {'op_names': ['bn1']}, AGP | {'op_names': ['bn2'], 'end_epoch': 9}]
     with pytest.raises(ValueError, match='same schedule'):
