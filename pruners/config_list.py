@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .own_weight import why_not_own
 
@@ -184,7 +185,8 @@ def match_name(name: str, modules: dict[str, nn.Module], types: set[str], exclud
     if types and not is_of_type(module, types):
         raise ValueError(f'contradicts itself: {name} is a {kind}, which is not among its op_types')
     children = [child for child, _ in module.named_children()]
-    if excluded and children and not hasattr(module, 'weight'):
+    is_layer = bool(module._parameters) or parametrize.is_parametrized(module)
+    if excluded and children and not is_layer:
         raise ValueError(f"{name} is a {kind} and no layer itself; name those in it, as {name}.{children[0]}, or '{name}.*'")
     return module
 
