@@ -15,6 +15,7 @@ from torch import nn
 
 import archs
 import main as program
+import methods.dsp
 from args import load_table, parse
 from deploy import formats, network_file
 from methods.dsp import Method, pack
