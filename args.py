@@ -210,9 +210,10 @@ def parse(argv):
 
 def fill_in_data(parser, args):
     """The dataset's defaults, so that args.json shows what was used."""
+    of_dataset = data.DATASETS[args.dataset] | methods.load(args.method).DATASET_DEFAULTS.get(args.dataset, {})
     for knob in ('pad', 'pad_mode', 'flip', 'mean', 'std'):
         if getattr(args, knob) is None:
-            setattr(args, knob, data.DATASETS[args.dataset][knob])
+            setattr(args, knob, of_dataset[knob])
     channels = data.DATASETS[args.dataset]['in_channels']
     args.mean = list(args.mean)
     args.std = list(args.std)

@@ -118,11 +118,11 @@ def release(model):
     """Apply the masks of a pruner of compressor.py that still holds the model, and remove its hooks, which are for these shapes."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
+            for hook in list(hooks.values()):
                 pruner = getattr(getattr(hook, 'func', hook), '__self__', None)  # func: of a partial
                 if hasattr(pruner, 'unhook'):
                     pruner.apply()
-                    del hooks[key]
+                    pruner.unhook()
 
 
 def dependency_groups(model, example_input, depthwise=False):
@@ -596,32 +596,56 @@ def take(tensor, kept):
     return torch.cat([part.index_select(1, own) for part, own in parts])
 
 
-def rebuild_optimizer(optimizer, old_model, new_model, kept):
+def rebuild_optimizer(
+    optimizer: torch.optim.Optimizer, old_model: nn.Module, new_model: nn.Module, kept: dict[str, Kept]
+) -> torch.optim.Optimizer:
     """An optimizer for the smaller network that goes on where `optimizer` stands.
 
     kept: of shrink(return_kept=True). Every parameter of the new network is in the group of the old one of its name, with the
     group's settings, and its state (momentum, Adam's averages) is cut like the parameter; a bias that shrink() had to make
     joins the group of the biases, or else of its weight, without state. What the old optimizer did not train, the new one does
-    not. `optimizer` is left as it is. Raises ValueError for an optimizer of parameters that are not in the old model.
+    not. `optimizer` is left as it is; hooks and schedulers stay with it. Works with every optimizer of torch.optim whose state
+    has the shape of the parameters. Raises ValueError for the others, which are Adafactor once it has stepped, and LBFGS; for a
+    wrapper of another optimizer; and for an optimizer of parameters that are not in the old model.
     """
+    kind = type(optimizer).__name__
+    for key, value in vars(optimizer).items():
+        if isinstance(value, torch.optim.Optimizer):
+            raise ValueError(f'this {kind} steps with another optimizer, {key!r}: rebuild that one')
+        if key != 'param_groups' and isinstance(value, (list, tuple)) and any(torch.is_tensor(item) for item in value):
+            raise ValueError(f'{kind} keeps tensors that cannot be cut: make a new one for the smaller network')
     names = {parameter: name for name, parameter in old_model.named_parameters()}
     new = dict(new_model.named_parameters())
-    made = [name for name in new if name not in names.values()]
-    result = copy.copy(optimizer)
-    result.state, result.param_groups = defaultdict(dict), []
+    groups = []
     for group in optimizer.param_groups:
         if any(parameter not in names for parameter in group['params']):
             raise ValueError('the optimizer has parameters that are not in the old model')
-        result.param_groups.append(group | {'params': [new[names[parameter]] for parameter in group['params']]})
-    for parameter, state in optimizer.state.items():
+        groups.append(group | {'params': [new[names[parameter]] for parameter in group['params']]})
+    state = defaultdict(dict)
+    for parameter, of_parameter in optimizer.state.items():
         name = names[parameter]
-        cut = {key: _cut_state(value, parameter, kept.get(name)) for key, value in state.items()}
-        result.state[new[name]] = cut
-    trained = {id(parameter) for group in result.param_groups for parameter in group['params']}
-    for name in made:
-        if id(new[name.rpartition('.')[0] + '.weight']) in trained:
-            _home(result.param_groups, new, name)['params'].append(new[name])
+        for key, value in of_parameter.items():
+            if not _can_be_cut(value, parameter, kept.get(name)):
+                raise ValueError(
+                    f'{kind} keeps {key} of {name} in the shape {tuple(value.shape)}, which cannot be cut like the weight: '
+                    'make a new one for the smaller network'
+                )
+            state[new[name]][key] = _cut_state(value, parameter, kept.get(name))
+    for name, parameter in new.items():
+        if name not in names.values():
+            _add_bias(groups, new, name, parameter)
+    result = copy.copy(optimizer)  # of its class, with hooks of its own
+    for key, value in vars(optimizer).items():
+        if isinstance(value, (bool, int, float, str)):
+            setattr(result, key, value)  # as whether a GradScaler may leave unscaling to it
+    result.state = state
+    result.param_groups = groups
     return result
+
+
+def _can_be_cut(value, parameter, kept):
+    """Whether a value of a parameter's state is a number, or has its shape, or need not be cut."""
+    return kept is None or not torch.is_tensor(value) or value.numel() == 1 or value.shape == parameter.shape
 
 
 def _cut_state(value, parameter, kept):
@@ -630,9 +654,14 @@ def _cut_state(value, parameter, kept):
     return take(value, kept) if kept is not None and value.shape == parameter.shape else value.clone()
 
 
-def _home(groups, new, name):
-    """The parameter group of a new bias: that of other biases and norms; else that of its layer's weight."""
-    biases = [group for group in groups if any(parameter.dim() == 1 for parameter in group['params'])]
+def _add_bias(groups, new, name, bias):
+    """Train a bias that shrink() has made, if its weight is trained: in the group of other biases and norms, or its weight's."""
     weight = new[name.rpartition('.')[0] + '.weight']
     own = [group for group in groups if any(parameter is weight for parameter in group['params'])]
-    return (biases or own)[0]
+    if not own:
+        return
+    biases = [group for group in groups if any(parameter.dim() == 1 for parameter in group['params'])]
+    home = (biases or own)[0]
+    home['params'].append(bias)
+    if 'param_names' in home:
+        home['param_names'] = [*home['param_names'], name]

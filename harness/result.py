@@ -115,7 +115,8 @@ def report(result, folder):
         fewer = f'{r.small_parameters:,} of {r.dense_parameters:,} parameters, {r.small_macs:,} of {r.dense_macs:,} MACs'
         one = f'{r.dense_ms_1:.2f} -> {r.small_ms_1:.2f} ms for one image'
         many = f'{r.dense_ms_32:.2f} -> {r.small_ms_32:.2f} ms for 32'
-        say(f'shrunk     {fewer}; {one}, {many}, on {r.latency_on}')
+        say(f'{"packed    " if "saved" in result else "shrunk    "} {fewer}; {one}, {many}, on {r.latency_on}')
     if 'not_smaller' in result:
         say(f'shrunk     not: {r.not_smaller}')
-    say(f'this gives {r.gives}; saved in {folder}/model.pt, all figures in {folder}/result.json')
+    saved = result.get('saved', 'model.pt')
+    say(f'this gives {r.gives}; saved in {folder}/{saved}, all figures in {folder}/result.json')

@@ -42,6 +42,7 @@ class Method:
     """Dense training, and the base of every method."""
 
     DEFAULTS = {}  # flag defaults of the paper's example run, over those of args.py: {'epochs': 60, 'lr': 0.1}
+    DATASET_DEFAULTS = {}  # those that belong to a data set, over its own: {'cifar10': {'std': (0.25, 0.24, 0.26)}}
     filters = False  # whether whole filters go, so that the result tells what shrinking the network gives
     idle = False  # whether it adds parameters that the forward pass does not use
     gives = 'zeros'  # 'zeros' in the original network, 'a smaller network', or 'the dense network'

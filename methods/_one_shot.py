@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import torch.nn.functional as F
 
 from deploy.shrinking import dependency_groups
-from pruners.config_list import DEFAULT_TYPES, suggestion
+from pruners.config_list import DEFAULT_TYPES, is_of_type, suggestion
 from pruners.processes import say
 
 from . import Method as Base
@@ -65,8 +65,8 @@ class OneShot(Base):
 
     def layer_names(self, model):
         """(names to prune, names of the same types that are left out). Raises ValueError for a name that matches nothing."""
-        kinds = ' or '.join(self.types[:2])
-        layers = {name: module for name, module in model.named_modules() if type(module).__name__ in self.types}
+        layers = {name: module for name, module in model.named_modules() if is_of_type(module, self.types)}
+        kinds = ' or '.join(sorted({type(module).__name__ for module in layers.values()}) or self.types[:2])
         for pattern in [*(self.args.layers or []), *self.args.exclude]:
             if not any(fnmatchcase(name, pattern) for name in layers):
                 raise ValueError(f'{pattern!r} matches no {kinds} layer{suggestion(pattern, layers)}')

@@ -91,7 +91,7 @@ class Splitting:
         keep = self.project(sums)
         squares = 0.0
         for name, weight in self.W.items():
-            self.Z[name] = sums[name] * expand_mask(keep[name], weight)
+            self.Z[name] = sums[name] * expand_mask(keep[name], self.base.layers[name])
             self.U[name] += weight - self.Z[name]
             squares += (weight - self.Z[name]).double().square().sum().item()
         self.distances.append(squares**0.5)

@@ -17,6 +17,7 @@ best on the test set as the authors do, which is no honest figure and is named i
 
 Pruned FLOPs and weights are counted over the grouped convolutions alone, as in the paper's tables: without the first one, those
 of shortcuts, and the classifier; the whole network's share is printed beside it. masks.pt holds their masks.
+CIFAR-10 is normalised by the authors' --mean and --std, so the run that --from names should have been trained with these.
 Deviations: pruned weights stay at zero with their momentum; the learning rate warms up linearly in the first two epochs, where
 the authors take a quarter of it; the best network of a cycle is that of this cycle's epochs. The two files
 above name those of group learning and pruning.
@@ -31,8 +32,9 @@ from deploy.network_file import save
 from deploy.outputs import TOLERANCE, compare
 from deploy.packing import pack
 from pruners.group_learning import GroupWrapper, group_convs, remove_groups, set_group
-from pruners.group_pruning import PruneWrapper, convs_that_lose_filters
+from pruners.group_pruning import PruneWrapper, convs_that_lose_filters, shares_pruned
 from pruners.processes import say
+from sparse_utils import count_macs
 
 from . import Method as Base
 from ._flags import count, fraction, nonnegative, positive
@@ -63,6 +65,7 @@ class Method(Base):
         'lr': 0.1,
         'lr_schedule': 'multistep',
     }
+    DATASET_DEFAULTS = {'cifar10': {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616)}}  # the authors'
     DEFAULTS |= {'warmup_epochs': 2.0, 'wd': 1e-4, 'wd_all': True, 'clip': 0.0, 'drop_last': True, 'val_size': 5000}
 
     def __init__(self, args):
@@ -142,6 +145,13 @@ class Method(Base):
         add('--exclude', nargs='+', metavar='LAYER', help='convolutions left whole (default: the first and those of shortcuts)')
         add('--pack', action='store_true', help='pack the network at the end, as --stage pack does')
         add('--pack-batch', type=positive, default=1, metavar='N', help='images at a time to pack for (default: %(default)s)')
+        add(
+            '--pack-how',
+            choices=['measured', 'whole', 'gathered', 'branches'],
+            default='measured',
+            help="how convolutions run: each in the way that measures fastest, or all in one; branches is the authors' "
+            '(default: %(default)s)',
+        )
         add('--torchscript', action='store_true', help='when packing, write packed.ts too')
 
     def start_from(self, model, state):
@@ -246,8 +256,18 @@ class Method(Base):
             write_tensors({name: mask.cpu() for name, mask in self.pruner.masks().items()}, job.folder / 'masks.pt')
         if stage == 'pack' or args.pack:
             self.finalize(job.model)
-            self.figures |= write_packed(job)
+            if stage == 'pack':
+                self.figures = self.shares_of_zeros(job)
+            self.figures |= write_packed(job) | {'saved': 'packed.pt'}
             self.packed = True
+            self.gives = 'a smaller network, packed'
+
+    def shares_of_zeros(self, job):
+        """What the run that --from names has pruned of the grouped convolutions, counted in its weights."""
+        example = next(iter(job.test))[0][:1]
+        convs = group_convs(job.model, example, job.args.exclude, say=lambda text: None)
+        flops, weights = shares_pruned(convs, count_macs(job.model, example))
+        return {'flops_pruned': flops, 'weights_pruned': weights}
 
     def check(self, job):
         """Raise ValueError for layers that are not there now, not after hours of pretraining."""
@@ -313,7 +333,7 @@ def write_packed(job):
     """
     images = next(iter(job.test))[0]
     example = images[: job.args.pack_batch]
-    packed = pack(job.model, example)
+    packed = pack(job.model, example, how=job.args.pack_how)
     difference = compare(job.model, packed, images)
     if not difference <= TOLERANCE:
         raise ValueError(f'the outputs of the packed network differ by {difference:.1e} of the largest')

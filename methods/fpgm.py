@@ -15,7 +15,7 @@ from ._one_shot import OneShot
 
 
 class FPGMPruner(FilterPruner):
-    """FPGMPruner(model, config_list, optimizer=None); config keys sparsity, op_types (Conv2d), op_names, exclude."""
+    """FPGMPruner(model, config_list, optimizer=None); config keys sparsity, op_types (of convolutions), op_names, exclude."""
 
     @staticmethod
     def score(weight: torch.Tensor) -> torch.Tensor:

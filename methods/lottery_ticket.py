@@ -72,8 +72,7 @@ class LotteryTicketPruner(Compressor):
         if number > self.iterations:
             raise ValueError(f'all {self.iterations} rounds of pruning, after the dense one, are over')
         self.round = number
-        if not self.handles and not self.bound:
-            self.hook()
+        self.hook()
         if number:
             self.sparsity = {name: sparsity_at(number, final, self.iterations) for name, final in self.final.items()}
             self.update_mask()

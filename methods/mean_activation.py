@@ -14,7 +14,7 @@ from ._one_shot import Watching
 class ActivationMeanRankFilterPruner(ActivationPruner):
     """ActivationMeanRankFilterPruner(model, config_list, optimizer=None, activation='relu', statistics_batch_num=1).
 
-    Config keys sparsity, op_types (Conv2d), op_names, exclude. activation: 'relu' or 'relu6'.
+    Config keys sparsity, op_types (of convolutions), op_names, exclude. activation: 'relu' or 'relu6'.
     """
 
     @staticmethod

@@ -6,6 +6,7 @@ Mittal et al., "Recovering from Random Pruning", WACV 2018, arXiv 1801.10447, fi
 import torch
 
 from pruners.compressor import FilterPruner
+from pruners.selection import num_filters
 
 from ._one_shot import OneShot
 
@@ -21,7 +22,7 @@ class RandomFilterPruner(FilterPruner):
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU, the same for every device
         scores = {}
         for name, layer in self.layers.items():
-            scores[name] = torch.rand(len(layer.weight), generator=generator).to(layer.weight)
+            scores[name] = torch.rand(num_filters(layer), generator=generator).to(layer.weight)
         return scores
 
 

@@ -15,18 +15,19 @@ import torch
 from torch import nn
 
 from pruners.compressor import GlobalPruner
+from pruners.selection import expand_mask
 
 from ._flags import nonnegative
 from ._one_shot import OneShot
 
 
 class SlimPruner(GlobalPruner):
-    """SlimPruner(model, config_list, optimizer=None); config keys sparsity, op_types (BatchNorm2d), op_names, exclude.
+    """SlimPruner(model, config_list, optimizer=None); config keys sparsity, op_types (BatchNorm2d, ...), op_names, exclude.
 
     One sparsity for all entries, as channels are ranked together; global_sort=False ranks them within each layer.
     """
 
-    TYPES = ('BatchNorm2d',)
+    TYPES = ('BatchNorm1d', 'BatchNorm2d', 'BatchNorm3d', 'SyncBatchNorm')
     GLOBAL = True
 
     @staticmethod
@@ -38,7 +39,7 @@ class SlimPruner(GlobalPruner):
         """What goes with the channels of a batch norm, kept [out]: the filters of the convolution before it."""
         for conv_name in [conv for conv, norm in self.norms.items() if norm == name]:
             conv = self.model.get_submodule(conv_name)
-            self.mask_parameter(conv, 'weight', kept.view(-1, *[1] * (conv.weight.dim() - 1)))
+            self.mask_parameter(conv, 'weight', expand_mask(kept, conv))
             self.mask_parameter(conv, 'bias', kept)
 
 

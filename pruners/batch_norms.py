@@ -51,7 +51,6 @@ def feeds(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether the one is a convolution and the other a batch norm of its size, with scale and shift."""
     return (
         isinstance(conv, nn.modules.conv._ConvNd)
-        and not conv.transposed  # whose filters lie in dimension 1
         and isinstance(norm, nn.modules.batchnorm._BatchNorm)
         and norm.num_features == conv.out_channels
         and norm.affine

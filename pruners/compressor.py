@@ -6,18 +6,22 @@
     pruner.export_model('model.pt', 'mask.pt')
 
 NNI (github.com/microsoft/nni, the pruners of version 1.7, 2020) masked each layer in a wrapper, in the forward pass. Here
-layers stay plain: masks multiply the weights in place, after every step of the optimizer and, whoever else changed a weight,
-before the next forward pass. So module types and state_dict keys never change, and a pruned weight is zero wherever one looks.
-Further differences from NNI's code:
+layers stay plain: masks multiply the weights in place, after every step of any optimizer, before a pruned layer runs, and
+before a state_dict is taken (see holding.py). So module types and state_dict keys never change, and a pruned weight is zero
+wherever one looks, in copies of the model too. In a compiled model only the steps of optimizers and state_dict() are followed:
+call step() after changes by hand there. Further differences from NNI's code:
 - the number pruned of n weights or filters is floor(n sparsity), but never all n; they are chosen by index, the lowest first
   among equals, where a threshold pruned all equals of the last one;
 - with a filter its bias goes, and the scale and shift of the batch norm that follows, so that the filter's output is zero;
 - the momentum of a pruned weight is cleared, or it would come back;
+- what is pruned stays pruned: masks that are made again, or loaded, can only grow;
 - an entry of the config list that is misspelt, contradicts itself or matches nothing is a ValueError, not a warning; `exclude`
-  works in every pruner; the sparsity may be 0.
+  works in every pruner; the sparsity may be 0. So is a layer whose weight cannot hold zeros, as it is computed from others;
+- filters are those of all convolutions, transposed ones and subclasses too. Those that end in one residual stream can only be
+  removed together: see decide_together().
 
-A pruner is its criterion: score(weight) gives a layer's scores, the lowest of which are pruned. A score is for a filter (1-d,
-one for each index of the weight's first dimension) or for a weight (of the weight's shape).
+A pruner is its criterion: score(weight) gives a layer's scores, the lowest of which are pruned. A score is for a filter, [out],
+or for a weight, of the weight's shape.
 """
 
 import copy
@@ -31,8 +35,8 @@ from deploy.formats import missing_onnx_packages
 from . import processes
 from .batch_norms import batch_norms
 from .config_list import is_positive, select_layers
-from .momentum import momenta
-from .selection import Keep, Scores, expand_mask, join_groups, keep_by_layer, keep_globally
+from .holding import Hold, apply_masks
+from .selection import Keep, Scores, expand_mask, filters_first, join_groups, keep_by_layer, keep_globally
 
 ACTIVATIONS = {'relu': nn.functional.relu, 'relu6': nn.functional.relu6}
 
@@ -40,8 +44,8 @@ ACTIVATIONS = {'relu': nn.functional.relu, 'relu6': nn.functional.relu6}
 class Compressor:
     """The base of the pruners: a one-shot pruner that ranks within each layer.
 
-    model: an nn.Module, pruned in place. config_list: see select_layers. optimizer: its steps are followed by the masks; it may
-    be missing, or be given later with bind().
+    model: an nn.Module, pruned in place. config_list: see select_layers. optimizer: whose momentum of what is pruned is cleared
+    at once; without it, or with another one, that happens with its next step, which the masks follow in any case.
     layers, entries: {name: layer} to prune, and {name: the entry that decided}. sparsity: {name: share}.
     masks: {name: {'weight': bool tensor, 'bias': bool tensor or None}}, True where kept; all True before compress().
     """
@@ -53,27 +57,26 @@ class Compressor:
 
     def __init__(self, model: nn.Module, config_list: list[dict], optimizer: torch.optim.Optimizer | None = None):
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = unwrapped(optimizer)
         self.layers, self.entries = select_layers(model, config_list, self.REQUIRED, self.OPTIONAL, self.TYPES)
         self.sparsity = {name: entry.get('sparsity', 0.0) for name, entry in self.entries.items()}
         self.norms = batch_norms(model) if self.FILTERS else {}
         self.groups = []  # see decide_together()
-        self.handles = []  # of the hooks of hook()
-        self.step_handle = None  # of bind()
-        self.bound = False
-        self.pending = True  # masks are to be made
+        self.holds = None  # {module: Hold} while the masks hold
         self.set_masks(None)
 
     # What a criterion defines.
 
     @staticmethod
     def score(weight: torch.Tensor) -> torch.Tensor:
-        """The scores of one layer: [filters], or of the weight's shape. The lowest are pruned."""
+        """The scores of a layer: for filters [out] (dimension 0 of `weight`), else of its shape. The lowest are pruned."""
         raise NotImplementedError
 
     def scores(self, weights: dict[str, torch.Tensor]) -> Scores:
-        """{name: weight} -> {name: scores}"""
-        return {name: self.score(weight) for name, weight in weights.items()}
+        """{name: tensor of the shape of the layer's weight} -> {name: scores}"""
+        if not self.FILTERS:
+            return {name: self.score(weight) for name, weight in weights.items()}
+        return {name: self.score(filters_first(self.layers[name], weight)) for name, weight in weights.items()}
 
     def importance(self) -> Scores | None:
         """{name: scores} of the layers as they are now, or None while what they are made from has not been seen."""
@@ -97,14 +100,15 @@ class Compressor:
 
         Where the criterion has to see training batches, the masks are made once it has.
         """
-        self.update_mask()
         self.hook()
+        self.update_mask()
         return self.model
 
     def update_mask(self) -> None:
-        """Make the masks again, from the weights or from what was seen of training, and apply them; pruned stays pruned."""
+        """Make the masks again, from the weights or from what was seen of training, and let them hold; pruned stays pruned."""
         if self.make_masks():
             self.apply()
+            self.hook()
 
     def refresh(self) -> None:
         """Make the masks for a sparsity that has changed: at once, or when enough training batches were seen."""
@@ -118,14 +122,14 @@ class Compressor:
             return False
         keep = self.choose(join_groups(scores, self.groups))
         self.set_masks(join_groups(keep, self.groups))
-        self.pending = False
         return True
 
     def decide_together(self, groups: list[list[str]]) -> None:
-        """Give the layers of each group ([[layer names], ...], see deploy.dependency_groups) one mask, by their mean scores.
+        """Give the layers of each group, [[layer names], ...], one mask, by their mean scores; call it before compress().
 
         Filters that end in one residual stream can only be removed together: masks that disagree leave it at its full width.
-        Where batch norms are pruned, a group names the convolutions that they follow.
+        groups: dependency_groups(model, example_input, depthwise=True), of deploy. Layers that are not pruned are left out of a
+        group. Where batch norms are pruned, a group names the convolutions that they follow.
         """
         conv_before = {norm: conv for conv, norm in self.norms.items()}
         names = {conv_before.get(name, name): name for name in self.layers}
@@ -136,29 +140,26 @@ class Compressor:
         """Say that epoch `epoch` (from 0) begins: of use to pruners with a schedule."""
 
     def step(self) -> None:
-        """Apply the masks, for a training loop without an optimizer that the pruner knows."""
+        """Apply the masks now."""
         self.apply()
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
-        """Follow the steps of this optimizer, and no more of the one before."""
-        self.unbind()
-        self.optimizer = optimizer
-        self.step_handle = optimizer.register_step_post_hook(self.after_step)
-        self.bound = True
+        """Let the masks hold, and clear the momentum of what is pruned in this optimizer, now and whenever masks are made."""
+        self.optimizer = unwrapped(optimizer)
         self.apply()
+        self.hook()
 
-    def unbind(self) -> None:
-        if self.step_handle is not None:
-            self.step_handle.remove()
-        self.step_handle = None
-        self.bound = False
+    def hook(self) -> None:
+        """Let the masks hold: after each step of any optimizer, before a pruned layer runs, and in each state_dict."""
+        if self.holds is None:
+            self.holds = {}
+        self.update_holds()
 
     def unhook(self) -> None:
         """Leave the model and the optimizer as if there were no pruner; weights stay as they are."""
-        self.unbind()
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        for hold in (self.holds or {}).values():
+            hold.unhook()
+        self.holds = None
 
     def load_model_state_dict(self, state: dict) -> None:
         """Load a plain state dict into the model; the masks hold on it."""
@@ -185,31 +186,44 @@ class Compressor:
     # Masks.
 
     def set_masks(self, keep: Keep | None) -> None:
-        """Set the masks to {name: bool tensor, True for each filter or weight to keep}; None keeps all. Does not apply them."""
+        """Set the masks to {name: bool tensor, True for each filter or weight to keep}; None keeps all.
+
+        They are applied by apply(); those that hold, at the next occasion.
+        """
         self.keep = keep
-        self.pending = keep is None
+        self.pending = keep is None  # whether masks are to be made
         self.masks = {}
-        self.masked = []  # (a module's dict of parameters, name of one, its mask) of all that has something pruned
+        self.masked = {}  # {module: {name of a parameter: its mask}} of all that has something pruned
         for name, layer in self.layers.items():
-            if keep is None:
-                weight = torch.ones_like(layer.weight, dtype=torch.bool)
-            else:
-                weight = expand_mask(keep[name], layer.weight)
+            weight = torch.ones_like(layer.weight, dtype=torch.bool) if keep is None else expand_mask(keep[name], layer)
             bias = None
             if self.FILTERS and getattr(layer, 'bias', None) is not None:
-                bias = weight.flatten(1).any(1) if weight.dim() > 1 else weight.clone()
+                bias = torch.ones_like(layer.bias, dtype=torch.bool) if keep is None else keep[name].clone()
             self.masks[name] = {'weight': weight, 'bias': bias}
-            self.mask_parameter(layer, 'weight', weight)
-            self.mask_parameter(layer, 'bias', bias)
-            if self.FILTERS and keep is not None:
-                self.mask_neighbour(name, keep[name])
-        self.dirty = True  # to be applied
-        self.versions = None
+            if keep is not None:
+                self.mask_parameter(layer, 'weight', weight)
+                self.mask_parameter(layer, 'bias', bias)
+                if self.FILTERS:
+                    self.mask_neighbour(name, keep[name])
+        if self.holds is not None:
+            self.update_holds()
 
-    def mask_parameter(self, layer: nn.Module, key: str, mask: torch.Tensor | None) -> None:
-        """Remember to multiply a parameter of a layer by a mask, if there is anything to prune."""
-        if mask is not None and layer._parameters.get(key) is not None and not bool(mask.all()):
-            self.masked.append((layer._parameters, key, mask.to(layer._parameters[key].dtype)))
+    def mask_parameter(self, module: nn.Module, name: str, mask: torch.Tensor | None) -> None:
+        """Remember to multiply a parameter of a module by a mask, if there is anything to prune."""
+        parameter = module._parameters.get(name)
+        if mask is not None and parameter is not None and not bool(mask.all()):
+            self.masked.setdefault(module, {})[name] = mask.to(parameter.dtype)
+
+    def update_holds(self) -> None:
+        """Let the present masks hold, in place of those before."""
+        for module, hold in list(self.holds.items()):
+            if module not in self.masked:
+                hold.unhook()
+                del self.holds[module]
+        for module, masks in self.masked.items():
+            if module not in self.holds:
+                self.holds[module] = Hold(module)
+            self.holds[module].set_masks(masks)
 
     def mask_neighbour(self, name: str, kept: torch.Tensor) -> None:
         """What goes with the filters of a convolution, kept [out]: scale and shift of its batch norm."""
@@ -218,38 +232,29 @@ class Compressor:
             self.mask_parameter(norm, 'weight', kept)
             self.mask_parameter(norm, 'bias', kept)
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Set what is pruned to zero: weights, and their momentum in the optimizer."""
-        self.dirty = False
-        if not self.masked:
-            return
-        self.move_masks()
-        parameters = [parameters[key] for parameters, key, _ in self.masked]
-        tensors = []
-        masks = []
-        for parameter, (_, _, mask) in zip(parameters, self.masked, strict=True):
-            momentum = momenta(self.optimizer, parameter)
-            tensors += [parameter, *momentum]
-            masks += [mask] * (1 + len(momentum))
-        torch._foreach_mul_(tensors, masks)
-        self.versions = [parameter._version for parameter in parameters]
-
-    def move_masks(self) -> None:
-        """Keep the masks where the parameters are."""
-        parameters, key, mask = self.masked[0]
-        if mask.device != parameters[key].device:
-            self.masked = [(owner, key, mask.to(owner[key].device)) for owner, key, mask in self.masked]
+        apply_masks(self.masked, self.optimizer)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Set the gradients of what is pruned to zero, so that they do not count when gradients are clipped."""
-        pairs = [(parameters[key].grad, mask) for parameters, key, mask in self.masked if parameters[key].grad is not None]
-        if pairs:
-            torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
+        gradients = []
+        masks = []
+        for module, of_module in self.masked.items():
+            for name, mask in of_module.items():
+                gradient = module._parameters[name].grad
+                if gradient is not None:
+                    gradients.append(gradient)
+                    masks.append(mask.to(gradient.device))
+        if gradients:
+            torch._foreach_mul_(gradients, masks)
 
     def load_masks(self, masks: dict[str, dict]) -> None:
-        """Take over masks, as in `masks` or in a file of export_model, and apply them. Raises ValueError for other layers'."""
+        """Take over masks, as in `masks` or in a file of export_model, and let them hold; later ones can only grow.
+
+        Raises ValueError for the masks of other layers, of other shapes, or, in a pruner of filters, of parts of filters.
+        """
         if masks.keys() != self.layers.keys():
             raise ValueError(f'the masks are of {", ".join(masks)}; this pruner has {", ".join(self.layers)}')
         keep = {}
@@ -258,10 +263,18 @@ class Compressor:
             if mask.shape != layer.weight.shape:
                 shapes = f'the shape {tuple(mask.shape)}, its weight {tuple(layer.weight.shape)}'
                 raise ValueError(f'the mask of {name} has {shapes}')
-            keep[name] = mask.flatten(1).any(1) if self.FILTERS and mask.dim() > 1 else mask
+            keep[name] = self.whole_filters(name, mask) if self.FILTERS else mask
         self.set_masks(keep)
-        self.pending = False
         self.apply()
+        self.hook()
+
+    def whole_filters(self, name: str, mask: torch.Tensor) -> torch.Tensor:
+        """A mask of the weight's shape -> [out]. Raises ValueError where a filter is pruned in part."""
+        weights = filters_first(self.layers[name], mask)
+        weights = weights.reshape(len(weights), -1)
+        if not torch.equal(weights.any(1), weights.all(1)):
+            raise ValueError(f'the mask of {name} prunes parts of filters; {type(self).__name__} prunes whole ones')
+        return weights.any(1)
 
     def plain_masks(self) -> dict[str, dict]:
         """The masks as zeros and ones of the weight's dtype, on the CPU."""
@@ -277,62 +290,28 @@ class Compressor:
             raise ValueError(f'{type(self).__name__} has seen no training batch yet, so it cannot know what to prune')
         self.apply()
 
-    # Hooks.
-
-    def hook(self) -> None:
-        """Let the masks hold: after each step of the optimizer, and before each forward pass."""
-        self.unhook()
-        self.handles.append(self.model.register_forward_pre_hook(self.before_forward))
-        if self.optimizer is not None:
-            self.bind(self.optimizer)
-
-    def after_step(self, *_):
-        self.apply()
-
-    def before_forward(self, *_):
-        """Apply the masks if anything has changed a masked parameter; if not, do not touch it: a graph may need it as it is."""
-        if self.bound and torch.compiler.is_compiling():
-            return  # after_step() does, and this would break the graph
-        changed = self.dirty or self.versions_changed()
-        if changed or not self.bound and self.revived():  # updates by hand may go through .data, which counts no version
-            self.apply()
-
-    def versions_changed(self) -> bool:
-        if not self.masked:
-            return False
-        return self.versions != [parameters[key]._version for parameters, key, _ in self.masked]
-
-    def revived(self) -> bool:
-        """Whether something that is pruned is not zero."""
-        for parameters, key, mask in self.masked:
-            pruned = 1 - mask.to(parameters[key].device)
-            if bool((parameters[key].detach() * pruned).any()):
-                return True
-        return False
-
     def __deepcopy__(self, memo):
-        """A copy of the model, as for a running average, takes a copy of the pruner along in its hooks, but no optimizer."""
+        """A pruner that watches training is copied with its model, as for a running average: it then has no optimizer."""
         twin = copy.copy(self)
         memo[id(self)] = twin
-        fresh = {'optimizer': None, 'step_handle': None, 'bound': False, 'handles': [], 'watchers': []}
         for key, value in vars(self).items():
-            setattr(twin, key, fresh[key] if key in fresh else copy.deepcopy(value, memo))
+            setattr(twin, key, None if key == 'optimizer' else copy.deepcopy(value, memo))
         return twin
 
     # ONNX.
 
     def export_onnx(self, path, input_shape, device):
-        hooked = bool(self.handles)
-        bound = self.bound
-        self.unhook()  # the copy is to have no hooks
         device = torch.device('cpu' if device is None else device)
         model = copy.deepcopy(self.model).to(device).eval()
-        if hooked:
-            self.hook()
-        elif bound:
-            self.bind(self.optimizer)
         example = torch.zeros(tuple(input_shape), device=device)
         torch.onnx.export(model, (example,), str(path), dynamo=True, verbose=False)
+
+
+def unwrapped(optimizer):
+    """The torch optimizer inside a wrapper such as those of accelerate and Lightning, or inside several."""
+    while isinstance(getattr(optimizer, 'optimizer', None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def check_onnx(input_shape):
@@ -364,9 +343,9 @@ class GlobalPruner(Compressor):
 
 
 class FilterPruner(Compressor):
-    """The base of pruners of whole filters of Conv2d layers."""
+    """The base of pruners of whole filters of convolutions, transposed ones too."""
 
-    TYPES = ('Conv2d',)
+    TYPES = ('Conv1d', 'Conv2d', 'Conv3d', 'ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose3d')
 
 
 class StatisticsPruner(FilterPruner):
@@ -478,8 +457,9 @@ class ActivationPruner(StatisticsPruner):
     def add_output(self, name, layer, inputs, output):
         if self.is_training():
             values = self.of_activation(self.activation(output.detach().float()))
-            others = [dim for dim in range(values.dim()) if dim != values.dim() - 3]  # batch and places
-            self.add(name, values.sum(others), values.numel() // values.shape[-3])
+            channels = values.dim() - (layer.weight.dim() - 1)  # of [batch, channels, places ...], or without the batch
+            others = [dim for dim in range(values.dim()) if dim != channels]
+            self.add(name, values.sum(others), values.numel() // values.shape[channels])
 
     def after_forward(self, *_):
         if self.is_training():

@@ -2,8 +2,12 @@
 
 import difflib
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils import parametrize
+
+from .own_weight import why_not_own
 
 # The types that 'default' stands for.
 DEFAULT_TYPES = ('Conv1d', 'Conv2d', 'Conv3d', 'ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose3d', 'Linear', 'Bilinear')
@@ -50,10 +54,13 @@ def select_layers(
 ) -> tuple[dict[str, nn.Module], dict[str, dict]]:
     """The layers that a config list names -> ({name: layer}, {name: the entry that decides about it}), in the model's order.
 
-    A layer matches an entry when its type's name is in `op_types` and its dotted name in `op_names`, as far as the entry has
-    them; it needs one of the two. Among the op_types 'default' is DEFAULT_TYPES. The last matching entry decides; where that
-    has `exclude: True` the layer is left out. required, optional: the keys of an entry beside these three. types: the types of
-    layers that the pruner takes, None for any with a weight. Raises ValueError, naming the entry and what was expected.
+    A layer matches an entry when its type is in `op_types` and its dotted name in `op_names`, as far as the entry has them; it
+    needs one of the two. A type stands for its subclasses too; 'default' is DEFAULT_TYPES. A name may be a pattern, as
+    'layer1.*.conv2'; one without op_types means layers of DEFAULT_TYPES, or of the types that the pruner takes. The last
+    matching entry decides; where that has `exclude: True` the layer is left out.
+    required, optional: the keys of an entry beside these three. types: the types of layers that the pruner takes, None for any
+    with a weight. Raises ValueError, naming the entry and what was expected, also for a layer that cannot be pruned, as it
+    computes its weight from others.
     """
     if not isinstance(config_list, (list, tuple)) or not config_list or not all(isinstance(e, dict) for e in config_list):
         raise ValueError(f'config_list must be a list of dicts, one or more, got {config_list!r}')
@@ -65,18 +72,46 @@ def select_layers(
                 chosen[name] = (layer, entry, number)
         except ValueError as error:
             raise ValueError(f'config_list[{number}] = {entry}: {error}') from None
-    pruned = {name: chosen[name] for name, _ in model.named_modules() if name in chosen and not excludes(chosen[name][1])}
-    if not pruned:
+    layers = {}
+    entries = {}
+    for name, _ in model.named_modules():
+        if name in chosen and not excludes(chosen[name][1]):
+            layer, entry, number = chosen[name]
+            check_layer(name, layer, types, f'config_list[{number}] = {entry}')
+            layers[name] = layer
+            entries[name] = entry
+    if not layers:
         raise ValueError('config_list excludes every layer that it names: nothing is left to prune')
-    for name, (layer, entry, number) in pruned.items():
-        kind, fault = type(layer).__name__, None
-        if types is not None and kind not in types:
-            fault = f'{name} is a {kind}; this pruner takes {" and ".join(types)} only'
-        elif not isinstance(layer._parameters.get('weight'), nn.Parameter):
-            fault = f'{name}, a {kind}, has no weight to prune'
-        if fault:
-            raise ValueError(f'config_list[{number}] = {entry}: {fault}')
-    return {name: layer for name, (layer, *_) in pruned.items()}, {name: entry for name, (_, entry, _) in pruned.items()}
+    return layers, entries
+
+
+def check_layer(name: str, layer: nn.Module, types: tuple[str, ...] | None, place: str) -> None:
+    """Raises ValueError for a layer that cannot be pruned."""
+    kind = type(layer).__name__
+    if types is not None and not is_of_type(layer, types):
+        raise ValueError(f'{place}: {name} is a {kind}; this pruner takes {listed(types)} only')
+    if reason := why_not_own(layer):
+        raise ValueError(f'{place}: {name}, a {kind}, {reason}')
+
+
+def type_names(module: nn.Module) -> list[str]:
+    """The name of a module's class and those of its base classes, below nn.Module."""
+    return [kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
+
+
+def is_of_type(module: nn.Module, types: Iterable[str]) -> bool:
+    """Whether a module's class, or a base class of it, has one of these names."""
+    return not set(types).isdisjoint(type_names(module))
+
+
+def is_pattern(name: str) -> bool:
+    return any(character in name for character in '*?[')
+
+
+def listed(names: Iterable[str]) -> str:
+    """'a, b and c'"""
+    *others, last = names
+    return f'{", ".join(others)} and {last}' if others else last
 
 
 def excludes(entry: dict) -> bool:
@@ -107,38 +142,67 @@ def check_entry(entry: dict, required: tuple[str, ...], optional: tuple[str, ...
         raise ValueError(f'expected {missing[0]}')
 
 
-def matches(model, entry, types):
+def matches(model: nn.Module, entry: dict, types: tuple[str, ...] | None) -> dict[str, nn.Module]:
     """{name: layer} of one entry, in which everything that it names must occur. Raises ValueError."""
     modules = dict(model.named_modules())
     kinds = sorted({type(module).__name__ for module in modules.values()})
-    if 'op_types' in entry:
-        check_types(entry['op_types'], kinds, None if excludes(entry) else types)
-    for name in entry.get('op_names', ()):
-        if name not in modules:
-            raise ValueError(f'the model has no layer {name!r}{suggestion(name, modules)}')
-    wanted = set(entry.get('op_types', kinds))
-    wanted |= set(DEFAULT_TYPES) if 'default' in wanted else set()
-    named = {name: module for name, module in modules.items() if name in entry.get('op_names', modules)}
-    found = {name: module for name, module in named.items() if type(module).__name__ in wanted}
-    if 'op_names' in entry and len(found) < len(named):
-        name = next(name for name in named if name not in found)
-        raise ValueError(f'contradicts itself: {name} is a {type(named[name]).__name__}, which is not among its op_types')
-    if not found:
+    wanted = set(entry.get('op_types', ()))
+    if wanted:
+        check_types(wanted, modules.values(), None if excludes(entry) else types)
+    if 'default' in wanted:
+        wanted |= set(DEFAULT_TYPES)
+    if 'op_names' not in entry:
+        layers = {name: module for name, module in modules.items() if is_of_type(module, wanted)}
+    else:
+        layers = {}
+        for name in entry['op_names']:
+            if is_pattern(name):
+                layers |= match_pattern(name, modules, wanted or set(types or DEFAULT_TYPES))
+            else:
+                layers[name] = match_name(name, modules, wanted, excludes(entry))
+    if not layers:
         raise ValueError(f'no layer of the model has these op_types; it has {", ".join(kinds)}')
-    for name in entry.get('op_names', ()) if excludes(entry) else ():
-        inside = (
-            [f'{name}.{child}' for child, _ in found[name].named_children()] if 'weight' not in found[name]._parameters else []
-        )
-        if inside:
-            raise ValueError(f'{name} is a {type(found[name]).__name__} and no layer itself; name those in it, as {inside[0]}')
+    return layers
+
+
+def match_pattern(pattern: str, modules: dict[str, nn.Module], types: set[str]) -> dict[str, nn.Module]:
+    """The layers of these types whose names match. Raises ValueError where there is none."""
+    found = {}
+    for name, module in modules.items():
+        if fnmatchcase(name, pattern) and is_of_type(module, types):
+            found[name] = module
+    if not found:
+        raise ValueError(f'{pattern!r} matches no layer of type {" or ".join(sorted(types))}{suggestion(pattern, modules)}')
     return found
 
 
-def check_types(op_types, kinds, types):
+def match_name(name: str, modules: dict[str, nn.Module], types: set[str], excluded: bool) -> nn.Module:
+    """The module of this name. Raises ValueError where there is none, or where it is of another type or no layer itself."""
+    if name not in modules:
+        raise ValueError(f'the model has no layer {name!r}{suggestion(name, modules)}')
+    module = modules[name]
+    kind = type(module).__name__
+    if types and not is_of_type(module, types):
+        raise ValueError(f'contradicts itself: {name} is a {kind}, which is not among its op_types')
+    children = [child for child, _ in module.named_children()]
+    is_layer = bool(module._parameters) or parametrize.is_parametrized(module)
+    if excluded and children and not is_layer:
+        raise ValueError(f"{name} is a {kind} and no layer itself; name those in it, as {name}.{children[0]}, or '{name}.*'")
+    return module
+
+
+def check_types(op_types: Iterable[str], modules: Iterable[nn.Module], types: tuple[str, ...] | None) -> None:
     """The names in op_types: of the model's types, of torch.nn's, or 'default'. Raises ValueError for any other."""
-    known = {*kinds, *DEFAULT_TYPES, 'default'}
-    for kind in op_types:
+    modules = list(modules)
+    known = {'default', *DEFAULT_TYPES}
+    taken = set(types or ())  # and what is derived from them
+    for module in modules:
+        known |= set(type_names(module))
+        if types is not None and is_of_type(module, types):
+            taken.add(type(module).__name__)
+    for kind in sorted(op_types):
         if kind not in known and not hasattr(nn, kind):
-            raise ValueError(f'unknown op_type {kind!r}{suggestion(kind, known)}; the model has {", ".join(kinds)}')
-        if types is not None and kind not in types:
-            raise ValueError(f'op_type {kind!r}: this pruner takes {" and ".join(types)} only')
+            own = sorted({type(module).__name__ for module in modules})
+            raise ValueError(f'unknown op_type {kind!r}{suggestion(kind, known)}; the model has {", ".join(own)}')
+        if types is not None and kind not in taken:
+            raise ValueError(f'op_type {kind!r}: this pruner takes {listed(types)} only')

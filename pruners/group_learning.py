@@ -35,9 +35,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
 from deploy.outputs import eval_mode
+
+from .own_weight import why_not_own
 
 EPS = 1e-8  # added to norms and sums before they divide
 SHORTCUTS = {'downsample', 'shortcut'}  # a convolution with this in its name is one of a shortcut
@@ -90,8 +91,8 @@ def group_convs(
     if not chosen:
         raise ValueError('no convolution is left to group')
     for name, conv in chosen.items():
-        if parametrize.is_parametrized(conv, 'weight'):
-            raise ValueError(f'the weight of {name} is parametrized by another method: make it a plain layer, or exclude it')
+        if reason := why_not_own(conv):
+            raise ValueError(f'{name} {reason}')
     note = f'; not {", ".join(narrow)}, which have groups of their own' if narrow else ''
     left = f' all but {", ".join(name for name in order if name in exclude)}' if exclude else ''
     say(f'filter groups: {len(chosen)} of {len(convs)} convolutions,{left}{note}')

@@ -246,6 +246,17 @@ class PruneWrapper:
         return remove_groups(self.model)
 
 
+def shares_pruned(convs: dict[str, nn.Conv2d], macs: dict[str, tuple[int, int]]) -> tuple[float, float]:
+    """The shares of FLOPs and of weights of these convolutions that kernels of zeros make; macs: of count_macs()."""
+    flops = 0.0
+    weights = 0
+    for name, conv in convs.items():
+        zeros = (conv.weight == 0).flatten(2).all(2)
+        flops += macs[name][0] * zeros.double().mean().item()
+        weights += int(zeros.sum()) * conv.weight[0, 0].numel()
+    return flops / sum(macs[name][0] for name in convs), weights / sum(conv.weight.numel() for conv in convs.values())
+
+
 def add_full_mask(conv, state, prefix, *_):
     """A group-learned state dict has no masks yet: nothing is pruned."""
     state.setdefault(f'{prefix}mask', torch.ones_like(conv.mask))

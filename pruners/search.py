@@ -18,7 +18,7 @@ from deploy.shrinking import release
 
 from . import processes
 from .compressor import GlobalPruner, StatisticsPruner
-from .selection import join_groups, mark_lowest, pruned_first
+from .selection import join_groups, mark_lowest, num_filters, pruned_first
 
 LARGEST_SHARE = 1 - 1e-9  # shares stay below 1; each layer keeps a filter in any case
 UNTIL_TOLD = 2**62  # training batches that a criterion watches
@@ -118,7 +118,7 @@ def keep_counts(scores, counts):
 
 def sizes(base):
     """{layer: how many filters, or weights, there are to choose from}."""
-    return {name: len(layer.weight) if base.FILTERS else layer.weight.numel() for name, layer in base.layers.items()}
+    return {name: num_filters(layer) if base.FILTERS else layer.weight.numel() for name, layer in base.layers.items()}
 
 
 def units(base):

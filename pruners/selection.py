@@ -6,7 +6,9 @@ They are chosen by index, so that ties never change a count.
 import math
 
 import torch
+from torch import nn
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Scores = dict[str, torch.Tensor]  # {layer name: scores, [filters] or of the weight's shape}
 Keep = dict[str, torch.Tensor]  # {layer name: bool tensor of the shape of its scores}, True for what is kept
 
@@ -50,13 +52,13 @@ def pruned_first(scores: Scores, keep: Keep | None = None) -> Scores:
 def keep_by_layer(scores: Scores, sparsity: dict[str, float], previous: Keep | None = None) -> Keep:
     """Keep all but the num_pruned(n, share) lowest of the n scores of each layer, and at least one.
 
-    sparsity: {name: share to prune}. previous: what is kept now; what it has pruned is chosen first.
+    sparsity: {name: share to prune}. previous: what is kept now; what it has pruned stays pruned, and counts.
     """
     keep = {}
     for name, score in pruned_first(scores, previous).items():
         n = score.numel()
         keep[name] = ~mark_lowest(score, min(num_pruned(n, sparsity[name]), n - 1))
-    return keep
+    return both_keep(keep, previous)
 
 
 @torch.no_grad()
@@ -79,13 +81,38 @@ def keep_globally(scores: Scores, sparsity: float, previous: Keep | None = None,
         number = int((size[order].cumsum(0) <= num_pruned(int(size.sum()), sparsity)).sum())
     kept = ~mark_lowest(everything, min(number, everything.numel() - len(flat)))
     pieces = kept.split([score.numel() for score in flat.values()])
-    return {name: piece.view(scores[name].shape) for name, piece in zip(flat, pieces, strict=True)}
+    keep = {name: piece.view(scores[name].shape) for name, piece in zip(flat, pieces, strict=True)}
+    return both_keep(keep, previous)
 
 
-def expand_mask(kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What is kept of a weight's filters, [out], or of its elements, as a bool mask of the weight's shape and memory layout."""
+def both_keep(keep: Keep, previous: Keep | None) -> Keep:
+    """What both keep: more than was asked for may be pruned already."""
+    return keep if previous is None else {name: kept & previous[name] for name, kept in keep.items()}
+
+
+def num_filters(layer: nn.Module) -> int:
+    """The filters of a convolution, rows of a matrix, or channels of a batch norm."""
+    return getattr(layer, 'out_channels', len(layer.weight))
+
+
+def filters_first(layer: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shape of the layer's weight, with one index of dimension 0 for each filter.
+
+    It is the tensor itself but for transposed convolutions, whose weight is [in, out / groups, ...].
+    """
+    if not isinstance(layer, TRANSPOSED):
+        return tensor
+    grouped = tensor.reshape(layer.groups, -1, *tensor.shape[1:])  # [groups, in / groups, out / groups, ...]
+    return grouped.transpose(1, 2).reshape(layer.out_channels, -1, *tensor.shape[2:])
+
+
+def expand_mask(kept: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """What is kept of a layer's filters, [out], or of its weights, as a bool mask of the weight's shape and memory layout."""
+    weight = layer.weight
     if kept.dim() < weight.dim():
-        kept = kept.view(-1, *[1] * (weight.dim() - 1))
+        if isinstance(layer, TRANSPOSED):
+            kept = kept.view(layer.groups, 1, -1).expand(-1, layer.in_channels // layer.groups, -1).reshape(weight.shape[:2])
+        kept = kept.view(*kept.shape, *[1] * (weight.dim() - kept.dim()))
     return torch.empty_like(weight, dtype=torch.bool).copy_(kept.expand(weight.shape))
 
 

@@ -1,6 +1,7 @@
 """What NNI's pruners share: config lists and their errors, counts, batch norms found, masks that hold, and what is exported."""
 
 import copy
+import gc
 import importlib.util
 
 import pytest
@@ -12,6 +13,7 @@ import methods
 from methods import AGP_Pruner, L1FilterPruner, L2FilterPruner, LevelPruner, SlimPruner
 from methods._algorithms import algorithm
 from methods.random_filter import RandomFilterPruner
+from pruners import holding
 from pruners.batch_norms import batch_norms
 from pruners.config_list import select_layers
 from pruners.selection import keep_by_layer, keep_globally, num_pruned
@@ -99,7 +101,10 @@ def test_exclude():
         ({'sparsty': 0.5, 'op_types': ['Conv2d']}, r"unknown key 'sparsty' \(did you mean 'sparsity'\?\); expected op_types"),
         ({'sparsity': 0.5, 'op_type': ['Conv2d']}, r"unknown key 'op_type' \(did you mean 'op_types'\?\)"),
         ({'sparsity': 0.5, 'op_types': ['Conv2D']}, r"unknown op_type 'Conv2D' \(did you mean 'Conv2d'\?\)"),
-        ({'sparsity': 0.5, 'op_types': ['Conv1d']}, 'no layer of the model has these op_types|this pruner takes Conv2d only'),
+        (
+            {'sparsity': 0.5, 'op_types': ['Conv1d']},
+            'no layer of the model has these op_types|this pruner takes Conv1d, Conv2d, .* only',
+        ),
         ({'sparsity': 0.5, 'op_names': ['conv3']}, r"no layer 'conv3' \(did you mean 'conv[12]'\?\)"),
         ({'sparsity': 0.5, 'op_names': ['conv1', 'nothing']}, "no layer 'nothing'"),
         ({'sparsity': 0.5, 'op_names': ['fc'], 'op_types': ['Conv2d']}, 'contradicts itself: fc is a Linear'),
@@ -122,13 +127,13 @@ def test_a_config_list_is_a_list_of_dicts(config_list):
 
 
 def test_each_pruner_takes_its_types():
-    with pytest.raises(ValueError, match="op_type 'Linear': this pruner takes Conv2d only"):
+    with pytest.raises(ValueError, match="op_type 'Linear': this pruner takes Conv1d, Conv2d, .* only"):
         L1FilterPruner(net(), [{'sparsity': 0.5, 'op_types': ['Conv2d', 'Linear']}])
-    with pytest.raises(ValueError, match='fc is a Linear; this pruner takes Conv2d only'):
+    with pytest.raises(ValueError, match='fc is a Linear; this pruner takes Conv1d, Conv2d, .* only'):
         L2FilterPruner(net(), half('fc'))
-    with pytest.raises(ValueError, match="op_type 'default': this pruner takes BatchNorm2d only"):
+    with pytest.raises(ValueError, match="op_type 'default': this pruner takes BatchNorm1d, .* and SyncBatchNorm only"):
         SlimPruner(net(), [{'sparsity': 0.5, 'op_types': ['default']}])
-    with pytest.raises(ValueError, match='conv1 is a Conv2d; this pruner takes BatchNorm2d only'):
+    with pytest.raises(ValueError, match='conv1 is a Conv2d; this pruner takes BatchNorm1d, .* and SyncBatchNorm only'):
         SlimPruner(net(), half('conv1'))
     with pytest.raises(ValueError, match='no weight to prune'):
         LevelPruner(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), half('1'))
@@ -387,7 +392,7 @@ def test_a_copied_model_keeps_its_own_zeros():
     before = model.fc.weight.detach().clone()
     average(x)
     assert torch.equal(average.module.fc.weight == 0, gone) and torch.equal(model.fc.weight, before)
-    assert average.module._forward_pre_hooks and pruner.optimizer is optimizer
+    assert pruner.optimizer is optimizer
 
 
 def test_masks_survive_a_move_to_another_dtype():
@@ -476,3 +481,319 @@ def test_masks_follow_the_model_to_the_gpu():
     AGP_Pruner(model, [{'final_sparsity': 0.5, 'end_epoch': 1, 'op_types': ['Conv2d']}], None, 'fpgm').compress()
     RandomFilterPruner(model, half('conv2')).compress()
     assert int((model.conv2.weight.flatten(1) == 0).all(1).sum()) >= 4
+
+
+# ------------------------------------------------------------------------------------- zeros wherever one looks, in other loops
+
+
+class Parts(nn.Module):
+    """A body and a head that a user calls one after the other, never the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(24, 3))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def parts(prune=True, optimizer=None):
+    torch.manual_seed(0)
+    model = Parts()
+    pruner = LevelPruner(model, [{'sparsity': 0.5, 'op_types': ['default']}], optimizer)
+    if prune:
+        pruner.compress()
+    return model, pruner, pruned_places(pruner)
+
+
+def pruned_places(pruner):
+    """{layer name: bool tensor, True where a weight is pruned}"""
+    return {name: ~masks['weight'] for name, masks in pruner.masks.items()}
+
+
+def all_zero(model, places):
+    return not any(bool(model.get_submodule(name).weight[gone].any()) for name, gone in places.items())
+
+
+def loss_of(model, x=None):
+    return F.cross_entropy(model(torch.randn(4, 2, 6, 6) if x is None else x), torch.tensor([0, 1, 2, 0]))
+
+
+def revive(model, how='counted'):
+    """Add one to all parameters, in a way that autograd counts, or not."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if how == 'counted':
+                parameter.add_(1)
+            else:
+                parameter.data = parameter.data + 1
+
+
+@pytest.mark.parametrize('how', ['counted', 'behind its back'])
+@pytest.mark.parametrize('training', [True, False])
+def test_parts_that_are_called_alone_compute_with_zeros(how, training):
+    model, pruner, places = parts()
+    assert sum(int(gone.sum()) for gone in places.values()) == 36 + 108 + 36
+    model.train(training)
+    revive(model, how)
+    x = torch.randn(4, 2, 6, 6)
+    found = model.head(model.body(x))
+    expected = copy.deepcopy(model)
+    for name, gone in places.items():
+        expected.get_submodule(name).weight.data[gone] = 0
+    assert all_zero(model, places) and torch.equal(found, expected.head(expected.body(x)))
+
+
+def test_a_state_dict_holds_the_zeros_though_nothing_has_run():
+    for how in ('counted', 'behind its back'):
+        model, pruner, places = parts()
+        revive(model, how)
+        state = model.state_dict()
+        assert not any(bool(state[f'{name}.weight'][gone].any()) for name, gone in places.items())
+        revive(model, how)
+        assert not bool(model.head.state_dict()['1.weight'][places['head.1']].any())  # of a part alone
+        assert not bool(dict(model.body[3].state_dict())['weight'][places['body.3']].any())
+
+
+@pytest.mark.parametrize('named', [True, False])
+def test_two_optimizers_train_one_model(named):
+    model, pruner, places = parts(prune=False)
+    body = torch.optim.SGD(model.body.parameters(), 0.1, momentum=0.9)
+    head = torch.optim.Adam(model.head.parameters(), 0.01)
+    for _ in range(2):  # momentum
+        loss_of(model).backward()
+        body.step()
+        head.step()
+    if named:
+        pruner.bind(body)
+    pruner.compress()
+    places = pruned_places(pruner)
+    for _ in range(3):
+        loss_of(model).backward()
+        body.step()
+        head.step()
+        assert all_zero(model, places)
+    assert not body.state[model.body[3].weight]['momentum_buffer'][places['body.3']].any()
+    assert not head.state[model.head[1].weight]['exp_avg'][places['head.1']].any()
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimization as people copy it: a step up the gradient, a second backward pass, and the step itself."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {'lr': lr})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr, momentum=0.9)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        for group in self.param_groups:
+            for parameter in group['params']:
+                self.state[parameter]['old'] = parameter.data.clone()
+                parameter.add_(0.5 * parameter.grad)
+
+    @torch.no_grad()
+    def second_step(self):
+        for group in self.param_groups:
+            for parameter in group['params']:
+                parameter.data = self.state[parameter]['old']
+        self.base_optimizer.step()
+
+
+@pytest.mark.parametrize('named', [True, False])
+def test_sharpness_aware_minimization(named):
+    model, pruner, places = parts(prune=False)
+    optimizer = SAM(model.parameters(), 0.1)
+    if named:
+        pruner.optimizer = optimizer
+    pruner.compress()
+    places = pruned_places(pruner)
+    for _ in range(3):
+        x = torch.randn(4, 2, 6, 6)
+        loss_of(model, x).backward()
+        optimizer.first_step()
+        optimizer.zero_grad()
+        loss_of(model, x).backward()
+        assert all_zero(model, places)  # the second pass sees the pruned network
+        optimizer.second_step()
+        optimizer.zero_grad()
+        assert all_zero(model, places)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """What accelerate makes of an optimizer: it has the type, and no hooks of its own."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        if name == 'optimizer':
+            raise AttributeError(name)
+        if name.startswith(('_optimizer', 'register')):
+            raise AttributeError(f'a wrapper has no {name}')
+        return getattr(self.optimizer, name)
+
+    def register_step_pre_hook(self, hook):
+        raise AttributeError('a wrapper has no hooks')
+
+    register_step_post_hook = register_step_pre_hook
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize('times', [1, 2])
+def test_wrapped_optimizers(times):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    wrapped = optimizer
+    for _ in range(times):
+        wrapped = Wrapper(wrapped)
+    train(model, wrapped, 2)
+    pruner = LevelPruner(model, half('conv1', 'conv2', 'fc'), wrapped)
+    assert pruner.optimizer is optimizer
+    pruner.compress()
+    gone = ~pruner.masks['fc']['weight']
+    assert not optimizer.state[model.fc.weight]['momentum_buffer'][gone].any()  # at once
+    train(model, wrapped, 2)
+    assert not model.fc.weight[gone].any()
+    pruner = methods.TaylorFOWeightFilterPruner(model, half('conv1', 'conv2'), wrapped)
+    pruner.compress()
+    train(model, wrapped)
+    assert [int((~pruner.masks[name]['weight']).flatten(1).all(1).sum()) for name in ('conv1', 'conv2')] == [2, 4]
+
+
+def test_a_copy_that_somebody_trains_and_one_from_a_file(tmp_path):
+    model, pruner, places = parts()
+    torch.save(model, tmp_path / 'whole.pt')
+    for copied in (copy.deepcopy(model), torch.load(tmp_path / 'whole.pt', weights_only=False)):
+        optimizer = torch.optim.SGD(copied.parameters(), 0.1, momentum=0.9)
+        before = copy.deepcopy(model.state_dict())
+        for _ in range(2):
+            loss_of(copied).backward()
+            optimizer.step()
+            assert all_zero(copied, places)  # right after the step
+        revive(copied, 'behind its back')
+        copied.eval().head(copied.body(torch.randn(1, 2, 6, 6)))
+        assert all_zero(copied, places)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    layer = copy.deepcopy(model.body[3])  # of one layer alone
+    revive(layer)
+    layer(torch.randn(1, 4, 4, 4))
+    assert not layer.weight[places['body.3']].any() and model.body[3].weight.abs().max() < 1
+    pruner.unhook()
+    assert not any(module._forward_pre_hooks or module._state_dict_pre_hooks for module in model.modules())
+    revive(model)
+    assert not all_zero(model, places) and copied.body[3]._forward_pre_hooks
+
+
+def test_masks_hold_when_the_pruner_is_gone_and_leave_with_the_model():
+    model, _, places = parts()
+    del _
+    gc.collect()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss_of(model).backward()
+    optimizer.step()
+    assert all_zero(model, places)
+    before = len(holding.HOLDS)
+    del model, optimizer
+    gc.collect()
+    assert len(holding.HOLDS) == before - 3
+
+
+def test_functional_calls_leave_what_they_are_given():
+    model, _, _ = parts()
+    state = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    kept = copy.deepcopy(state)
+    x = torch.randn(2, 2, 6, 6)
+    torch.func.functional_call(model.eval(), state, (x,))
+    assert all(torch.equal(state[name], kept[name]) for name in state)
+
+
+def test_evaluation_between_forward_and_backward_disturbs_no_graph():
+    model, _, places = parts()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):  # before and after an optimizer is known
+        loss = loss_of(model) + loss_of(model)
+        with torch.inference_mode():
+            model.eval()(torch.randn(1, 2, 6, 6))
+        model.train().state_dict()
+        loss.backward()
+        optimizer.step()
+    assert all_zero(model, places)
+
+
+def test_a_compiled_model_with_an_optimizer_nobody_named():
+    model, _, places = parts()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    optimizer = torch.optim.Adam(compiled.parameters(), 0.01)
+    for training in (True, False):
+        compiled.train(training)
+        loss_of(compiled).backward()
+        optimizer.step()
+        assert all_zero(model, places)
+    assert torch._dynamo.utils.counters['graph_break'] == {}
+
+
+def test_layers_that_were_cut_are_named_by_their_shapes():
+    model, pruner, _ = parts()
+    model.head[1].weight = nn.Parameter(torch.ones(2, 24))
+    model.head[1].bias = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r'pruned weight has the shape \(2, 24\) now, its mask \(3, 24\): call unhook'):
+        model.eval()(torch.randn(1, 2, 6, 6))
+    pruner.unhook()
+    model(torch.randn(1, 2, 6, 6))
+
+
+def test_loaded_masks_stay_and_only_grow():
+    model, pruner, places = parts()
+    masks = pruner.plain_masks()
+    for share in (0.2, 0.7):  # less than is pruned already, and more
+        other = LevelPruner(Parts(), [{'sparsity': share, 'op_types': ['default']}])
+        other.load_masks(masks)
+        other.compress()
+        for name, gone in places.items():
+            now = ~other.masks[name]['weight']
+            assert int(now.sum()) == max(int(gone.sum()), int(share * gone.numel())) and bool((now | ~gone).all())
+            assert torch.equal(other.layers[name].weight == 0, now)
+    alone = LevelPruner(Parts(), [{'sparsity': 0.2, 'op_types': ['default']}])
+    alone.load_masks(masks)  # no compress()
+    optimizer = torch.optim.SGD(alone.model.parameters(), 0.1)
+    loss_of(alone.model).backward()
+    optimizer.step()
+    assert all_zero(alone.model, places)
+
+
+def test_loaded_masks_stay_where_all_layers_are_ranked_together():
+    model = net()
+    pruner = LevelPruner(model, half('conv1', 'conv2', 'fc'), global_sort=True)
+    masks = {name: {'weight': torch.ones_like(layer.weight), 'bias': None} for name, layer in pruner.layers.items()}
+    masks['conv2']['weight'][:7] = 0  # 252 of 384 weights, more than half
+    pruner.load_masks(masks)
+    pruner.compress()
+    assert {name: int((~both['weight']).sum()) for name, both in pruner.masks.items()} == {'conv1': 0, 'conv2': 252, 'fc': 0}
+
+
+def test_masks_of_parts_of_filters_are_refused():
+    pruner = L1FilterPruner(net(), half('conv1'))
+    mask = torch.ones(4, 2, 3, 3)
+    mask[0, 0] = 0
+    before = copy.deepcopy(pruner.model.state_dict())
+    with pytest.raises(ValueError, match='the mask of conv1 prunes parts of filters; L1FilterPruner prunes whole ones'):
+        pruner.load_masks({'conv1': {'weight': mask, 'bias': None}})
+    assert all(torch.equal(before[name], tensor) for name, tensor in pruner.model.state_dict().items())
+
+
+def test_rounds_of_the_lottery_hold_without_compress():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    pruner = methods.LotteryTicketPruner(model, half('fc', prune_iterations=1), optimizer)
+    for _ in pruner.get_prune_iterations():
+        pruner.prune_iteration_start()
+        train(model, optimizer, 3)
+    gone = ~pruner.masks['fc']['weight']
+    assert int(gone.sum()) == 12 and not model.fc.weight[gone].any()

@@ -1,7 +1,6 @@
 """Dynamic Structure Pruning: the authors' trajectory, the formulas one by one, the search, and the pipeline in its stages."""
 
 import copy
-import functools
 import json
 import time
 from collections import OrderedDict
@@ -17,11 +16,11 @@ from torch import nn
 import archs
 import main as program
 import methods.dsp
-from args import parse
+from args import load_table, parse
 from deploy import formats, network_file
-from methods.dsp import Method
+from methods.dsp import Method, pack
 from pruners.group_learning import GroupWrapper, hard_groups, regulariser_terms, remove_groups, second_order_term
-from pruners.group_pruning import PruneWrapper, mask_at, ranking
+from pruners.group_pruning import PruneWrapper, mask_at, ranking, shares_pruned
 from sparse_utils import count_macs
 
 GOLDEN = Path(__file__).parent / 'golden' / 'dsp.npz'
@@ -839,12 +838,24 @@ def test_stages_alone_share_what_comes_before(tmp_path):
         run_main(tmp_path / 'none', *quick, '--stage=finetune', f'--from={tmp_path / "dense"}')
 
 
-def test_packing_stage(tmp_path, monkeypatch):
+def test_packing_stage(tmp_path, capsys, monkeypatch):
     """What it writes gives the masked network's outputs, from fewer parameters."""
-    monkeypatch.setattr(methods.dsp, 'pack', functools.partial(methods.dsp.pack, how='gathered'))  # measures nothing: quick
-    quick = [*PIPELINE, '--limit-train=64', '--width=8']
-    run_main(tmp_path / 'tuned', *quick)
+    ways = []
+
+    def watched(model, example, how):
+        ways.append(how)
+        return pack(model, example, how)
+
+    monkeypatch.setattr(methods.dsp, 'pack', watched)
+    quick = [*PIPELINE, '--limit-train=64', '--width=8', '--pack-how=gathered']  # which measures nothing
+    tuned, _ = run_main(tmp_path / 'tuned', *quick)
+    capsys.readouterr()
     result, state = run_main(tmp_path / 'packed', *quick, '--stage=pack', f'--from={tmp_path / "tuned"}', '--torchscript')
+    said = capsys.readouterr().out
+    assert ways == ['gathered']
+    assert result['gives'] == 'a smaller network, packed' and 'this gives zeros' not in said and 'best of any epoch' not in said
+    assert f'this gives a smaller network, packed; saved in {tmp_path / "packed"}/packed.pt' in said
+    assert all(result[key] == pytest.approx(tuned[key], abs=1e-9) for key in ('flops_pruned', 'weights_pruned'))
     model = archs.build('resnet20', 10, width=8, in_channels=1)
     model.load_state_dict(state)
     x = torch.randn(5, 1, 8, 8)
@@ -899,3 +910,31 @@ def test_on_a_gpu_as_on_the_cpu(no_noise):
         pruner.after_step(grouper.optimizer)
     assert results[0][1] == pytest.approx(results[1][1], abs=1)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0][0], results[1][0], strict=True))
+
+
+def test_shares_of_zeros_by_hand():
+    """Two convolutions of 2 x 2 kernels: one of 9 weights at 10 MACs a kernel has lost 1, one of 1 weight at 3 has lost 2."""
+    convs = {'a': nn.Conv2d(2, 2, 3), 'b': nn.Conv2d(2, 2, 1)}
+    convs['a'].weight.data[0, 1] = 0
+    convs['a'].weight.data[1, 1, 0, 0] = 0  # a kernel that is not wholly zero counts in full
+    convs['b'].weight.data[:, 0] = 0
+    flops, weights = shares_pruned(convs, {'a': (40, 30), 'b': (12, 6)})
+    assert flops == pytest.approx((10 + 6) / 52) and weights == pytest.approx((9 + 2) / 40)
+
+
+def test_images_are_normalised_as_the_authors_do():
+    """As in configs/dsp/cifar10.yaml; a data set of other channels has its own, and a flag of the user's wins."""
+    table = load_table(Path(__file__).parent.parent / 'configs' / 'dsp' / 'cifar10.yaml')
+    args = parse(['--method=dsp'])
+    assert (args.mean, args.std) == (table['defaults']['mean'], table['defaults']['std'])
+    assert parse(['--method=dense', '--dataset=cifar10']).std == [0.2023, 0.1994, 0.2010]
+    assert parse([*TINY, '--method=dsp']).std == [0.3763]
+    assert parse(['--method=dsp', '--std', '1', '2', '3']).std == [1, 2, 3] and parse(['--method=dsp']).std == args.std
+
+
+@pytest.mark.parametrize('norm', [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_convolution_that_computes_its_weight_is_named(norm):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(nn.Conv2d(4, 4, 3)))
+    with pytest.raises(ValueError, match='1 computes its weight by torch.nn.utils.parametrize: make it a plain layer first'):
+        PruneWrapper(model, 2, -1, say=quiet)
+    assert not hasattr(model[1], 'mask') and not hasattr(model[1], 'group')

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY, run_main
 from torch import nn
+from torch.nn.utils import prune
 
 import archs
 import methods
 from args import parse
-from deploy.shrinking import dependency_groups
+from deploy.shrinking import dependency_groups, shrink
 from methods import (
     ActivationAPoZRankFilterPruner,
     ActivationMeanRankFilterPruner,
@@ -492,7 +493,7 @@ def test_agp_defaults_entries_and_errors():
             AGP_Pruner(Small(), [AGP | {'op_types': ['default']} | change])
     with pytest.raises(ValueError, match='no pruning algorithm'):
         AGP_Pruner(Small(), [AGP | {'op_types': ['default']}], None, 'l0')
-    with pytest.raises(ValueError, match='takes Conv2d only'):
+    with pytest.raises(ValueError, match='takes Conv1d, Conv2d, .* only'):
         AGP_Pruner(Small(), [AGP | {'op_types': ['default']}], None, 'l1')
     different = [AGP | {'op_names': ['bn1']}, AGP | {'op_names': ['bn2'], 'end_epoch': 9}]
     with pytest.raises(ValueError, match='same schedule'):
@@ -833,3 +834,278 @@ def test_masks_of_another_width_and_shares_before_the_start():
     with pytest.raises(ValueError, match=r'the mask of 0 has the shape \(8, 3, 3, 3\), its weight \(10, 3, 3, 3\)'):
         pruner.load_masks({'0': {'weight': torch.ones(8, 3, 3, 3), 'bias': None}})
     assert [sparsity_at(epoch, 0.1, 0.8, 2, 10) for epoch in (0, 1, 2)] == pytest.approx([0.1] * 3)
+
+
+# ------------------------------------------------------------------------------- other convolutions, subclasses, names, groups
+
+
+class OwnConv(nn.Conv2d):
+    """A subclass, as many libraries have."""
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A batch norm with its activation, as timm's."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+def with_norms(x):
+    """The kinds of convolutions that have filters, each with a batch norm, and an input."""
+    return {
+        'Conv1d': (nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), x[..., 0]),
+        'Conv3d': (nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4), x[..., None].expand(-1, -1, -1, -1, 4)),
+        'ConvTranspose1d': (nn.ConvTranspose1d(3, 4, 3), nn.BatchNorm1d(4), x[..., 0]),
+        'ConvTranspose2d': (nn.ConvTranspose2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), x),
+        'ConvTranspose3d': (nn.ConvTranspose3d(3, 4, 2), nn.BatchNorm3d(4), x[..., None].expand(-1, -1, -1, -1, 4)),
+        'OwnConv': (OwnConv(3, 4, 3), OwnNorm(4), x),
+    }
+
+
+KINDS = ['Conv1d', 'Conv3d', 'ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose3d', 'OwnConv']
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_filters_of_every_convolution(kind):
+    """The filters that are pruned are those of the smallest norm, and their outputs are zero after the batch norm."""
+    torch.manual_seed(0)
+    conv, norm, x = with_norms(torch.randn(2, 3, 6, 6))[kind]
+    with torch.no_grad():
+        for filter_, size in enumerate([3.0, 1.0, 4.0, 2.0]):
+            part = conv.weight[:, filter_] if conv.transposed else conv.weight[filter_]
+            part.copy_(size * torch.ones_like(part))
+            nn.init.constant_(norm.bias, 0.5)
+    for pruner in (L1FilterPruner, L2FilterPruner, RandomFilterPruner, FPGMPruner):
+        model = nn.Sequential(copy.deepcopy(conv), copy.deepcopy(norm))
+        pruner = pruner(model, [{'sparsity': 0.5, 'op_types': [kind]}])
+        pruner.compress()
+        weight = model[0].weight.transpose(0, 1) if conv.transposed else model[0].weight
+        gone = (weight == 0).flatten(1).all(1)
+        assert int(gone.sum()) == 2 and int((model[0].weight == 0).sum()) == model[0].weight.numel() // 2
+        if isinstance(pruner, (L1FilterPruner, L2FilterPruner)):
+            assert gone.tolist() == [False, True, False, True]
+        assert torch.equal(model[0].bias == 0, gone) and torch.equal(model[1].bias == 0, gone)
+        output = model.eval()(x)
+        assert not output[:, gone].any() and output[:, ~gone].any()
+    slim = SlimPruner(nn.Sequential(conv, norm), [{'sparsity': 0.5, 'op_types': [type(norm).__name__]}])
+    norm.weight.data.copy_(torch.tensor([1.0, 4.0, 3.0, 2.0]))
+    slim.compress()
+    weight = conv.weight.transpose(0, 1) if conv.transposed else conv.weight
+    assert (weight == 0).flatten(1).all(1).tolist() == [True, False, False, True] == (norm.weight == 0).tolist()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_criteria_that_watch_training_see_every_convolution(kind):
+    """Filters of weights -1, 1, 3 and 2 on inputs of ones: the first has no activation above zero, the second a small one."""
+    conv, norm, x = with_norms(torch.ones(2, 3, 6, 6))[kind]
+    nn.init.zeros_(conv.bias)
+    with torch.no_grad():
+        for filter_, value in enumerate([-1.0, 1.0, 3.0, 2.0]):
+            part = conv.weight[:, filter_] if conv.transposed else conv.weight[filter_]
+            part.copy_(value * torch.ones_like(part))
+    for pruner, expected in (
+        (ActivationAPoZRankFilterPruner, [0]),
+        (ActivationMeanRankFilterPruner, [0]),
+        (TaylorFOWeightFilterPruner, [0]),  # gradients are equal, and of the equal squares the first goes
+    ):
+        layer = copy.deepcopy(conv)
+        pruner = pruner(layer, [{'sparsity': 0.25, 'op_types': [kind]}])
+        pruner.compress()
+        layer.train()(x).sum().backward()
+        assert (~pruner.keep['']).nonzero().flatten().tolist() == expected
+        layer.eval()(x)
+        weight = layer.weight.transpose(0, 1) if layer.transposed else layer.weight
+        assert (weight == 0).flatten(1).all(1).nonzero().flatten().tolist() == expected
+
+
+def test_transposed_convolutions_with_groups_by_hand():
+    """Weight [4, 3, 1] in 2 groups: filters 0 to 2 read inputs 0 and 1, filters 3 to 5 inputs 2 and 3."""
+    layer = nn.ConvTranspose1d(4, 6, 1, groups=2)
+    layer.weight.data.copy_(torch.tensor([[1.0, 2, 9], [1, 2, 9], [7, 8, 1], [7, 8, 3]])[..., None])
+    nn.init.ones_(layer.bias)
+    pruner = L1FilterPruner(layer, [{'sparsity': 0.5, 'op_types': ['ConvTranspose1d']}])
+    assert pruner.importance()[''].tolist() == [2, 4, 18, 14, 16, 4]
+    pruner.compress()  # 0, 1 and 5 go
+    assert layer.weight[..., 0].tolist() == [[0, 0, 9], [0, 0, 9], [7, 8, 0], [7, 8, 0]]
+    assert layer.bias.tolist() == [0, 0, 1, 1, 1, 0]
+    assert torch.equal(layer(torch.randn(1, 4, 3))[:, [0, 1, 5]], torch.zeros(1, 3, 3))
+    again = L1FilterPruner(copy.deepcopy(layer), [{'sparsity': 0.1, 'op_types': ['ConvTranspose1d']}])
+    again.load_masks(pruner.plain_masks())
+    assert again.keep[''].tolist() == [False, False, True, True, True, False]
+
+
+def test_types_stand_for_their_subclasses():
+    model = nn.Sequential(OwnConv(3, 4, 3), OwnNorm(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    assert list(L1FilterPruner(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}]).layers) == ['0', '2']
+    assert list(L1FilterPruner(model, [{'sparsity': 0.5, 'op_types': ['OwnConv']}]).layers) == ['0']
+    assert list(LevelPruner(model, [{'sparsity': 0.5, 'op_types': ['default']}]).layers) == ['0', '2', '5']
+    assert list(SlimPruner(model, [{'sparsity': 0.5, 'op_types': ['BatchNorm2d']}]).layers) == ['1', '3']
+    without = [{'sparsity': 0.5, 'op_types': ['Conv2d']}, {'exclude': True, 'op_types': ['OwnConv']}]
+    assert list(L1FilterPruner(model, without).layers) == ['2']
+    with pytest.raises(ValueError, match='no layer of the model has these op_types'):
+        LevelPruner(model, [{'sparsity': 0.5, 'op_types': ['Module']}])
+    sync = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert list(SlimPruner(sync, [{'sparsity': 0.5, 'op_types': ['SyncBatchNorm']}]).layers) == ['1', '3']
+
+
+def test_names_may_be_patterns():
+    model = archs.build('resnet20', 10, width=4)
+    first = [f'stage1.{i}.conv{j}' for i in range(3) for j in (1, 2)]
+    pruner = L1FilterPruner(model, [{'sparsity': 0.5, 'op_names': ['stage1.*']}])
+    assert list(pruner.layers) == first  # of the layers that it takes, not the batch norms beside them
+    pruner = L1FilterPruner(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}, {'exclude': True, 'op_names': ['stage[23].*']}])
+    assert list(pruner.layers) == ['conv1', *first]
+    pruner = LevelPruner(model, [{'sparsity': 0.5, 'op_names': ['*.conv?', 'fc'], 'op_types': ['default']}])
+    assert len(pruner.layers) == 19 and 'conv1' not in pruner.layers
+    everything = LevelPruner(model, [{'sparsity': 0.5, 'op_names': ['*']}])
+    assert list(everything.layers) == list(LevelPruner(model, [{'sparsity': 0.5, 'op_types': ['default']}]).layers)
+    with pytest.raises(ValueError, match=r"config_list\[0\] = .*'stage9.\*' matches no layer of type Conv1d or"):
+        L1FilterPruner(model, [{'sparsity': 0.5, 'op_names': ['stage9.*']}])
+    with pytest.raises(ValueError, match="'fc\\*' matches no layer of type Conv2d"):
+        L1FilterPruner(model, [{'sparsity': 0.5, 'op_names': ['fc*'], 'op_types': ['Conv2d']}])
+
+
+class StandardConv(nn.Conv2d):
+    """A convolution that standardises its weight in each forward pass, as timm's ScaledStdConv2d."""
+
+    def forward(self, x):
+        weight = self.weight.flatten(1)
+        weight = (weight - weight.mean(1, keepdim=True)) / weight.std(1, keepdim=True)
+        return F.conv2d(x, weight.view_as(self.weight), self.bias)
+
+
+class PaddedConv(nn.Conv2d):
+    """One that pads by itself, as TensorFlow does, and computes with its weight as it is."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 0, 0, 1)))
+
+
+def computed(kind):
+    conv = nn.Conv2d(3, 4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the old ones
+        return {
+            'weight_norm': lambda: nn.utils.weight_norm(conv),
+            'spectral_norm': lambda: nn.utils.spectral_norm(conv),
+            'parametrizations.weight_norm': lambda: nn.utils.parametrizations.weight_norm(conv),
+            'parametrizations.spectral_norm': lambda: nn.utils.parametrizations.spectral_norm(conv),
+            'prune': lambda: prune.random_unstructured(conv, 'weight', 0.5),
+            'StandardConv': lambda: StandardConv(3, 4, 3),
+        }[kind]()
+
+
+@pytest.mark.parametrize(
+    ('kind', 'reason'),
+    [
+        ('weight_norm', 'computes its weight from weight_g: make it a plain layer first, or exclude it'),
+        ('spectral_norm', 'computes its weight from weight_orig'),
+        ('parametrizations.weight_norm', 'computes its weight by torch.nn.utils.parametrize'),
+        ('parametrizations.spectral_norm', 'computes its weight by torch.nn.utils.parametrize'),
+        ('prune', 'computes its weight from weight_orig'),
+        ('StandardConv', 'does not compute with its weight as it is'),
+    ],
+)
+def test_layers_that_compute_their_weight_are_named_and_refused(kind, reason):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), computed(kind))
+    before = copy.deepcopy(model.state_dict())
+    for pruner in (LevelPruner, L1FilterPruner):
+        with pytest.raises(ValueError, match=r'config_list\[0\] = .*: 1, a \w+, ' + reason):
+            pruner(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}])
+        left = pruner(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}, {'exclude': True, 'op_names': ['1']}])
+        assert list(left.layers) == ['0']
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module._state_dict_pre_hooks for module in model.modules())
+
+
+def test_a_layer_that_only_pads_is_pruned():
+    state = torch.get_rng_state()
+    model = nn.Sequential(PaddedConv(3, 4, 3))
+    torch.set_rng_state(state)
+    pruner = LevelPruner(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}])
+    pruner.compress()
+    assert torch.equal(torch.get_rng_state(), state) and int((model[0].weight == 0).sum()) == 54
+
+
+def stream():
+    """A network of residual streams, whose batch norms differ."""
+    torch.manual_seed(0)
+    model = archs.build('resnet20', 10, width=8, in_channels=1)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize('kind', [L1FilterPruner, SlimPruner, AGP_Pruner])
+def test_layers_of_a_residual_stream_are_decided_together_by_one_call(kind):
+    """What the README shows: with it the network gets as small as the share says, without it hardly."""
+    sizes = []
+    for together in (True, False):
+        model = stream()
+        example = torch.randn(2, 1, 8, 8)
+        entry = {'sparsity': 0.5, 'op_types': ['BatchNorm2d' if kind is SlimPruner else 'Conv2d']}
+        if kind is AGP_Pruner:
+            entry = {'final_sparsity': 0.5, 'end_epoch': 1, 'op_types': ['Conv2d']}
+        pruner = kind(model, [entry], None, 'l1') if kind is AGP_Pruner else kind(model, [entry])
+        if together:
+            pruner.decide_together(dependency_groups(model, example, depthwise=True))
+        pruner.compress()
+        small = shrink(model.eval(), example)
+        torch.testing.assert_close(small(example), model(example), rtol=1e-4, atol=1e-5)
+        sizes.append(sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters()))
+    assert sizes[0] < 0.3 < 0.4 < sizes[1]
+
+
+@pytest.mark.parametrize('make', [torch.optim.SGD, torch.optim.AdamW])
+def test_taylor_under_a_gradient_scaler_with_a_fused_optimizer(make):
+    """Fused optimizers step with scaled gradients, and skip by themselves what has overflowed: neither shows in the scores."""
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = taylor_model()
+        optimizer = make(model.parameters(), 1e-3, fused=True) if fused else make(model.parameters(), 1e-3)
+        scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
+        pruner = TaylorFOWeightFilterPruner(model, convs(0.2, 'conv1') + convs(0.6, 'conv2'), optimizer, 2)
+        pruner.compress()
+        torch.manual_seed(1)
+        for factor in (1.0, 1e38, 1.0):  # the second overflows
+            optimizer.zero_grad()
+            scaler.scale(factor * model(torch.randn(2, 1, 28, 28)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert pruner.batches == 2 and pruned(pruner, 'conv1') == [0] and len(pruned(pruner, 'conv2')) == 6
+        assert int((model.conv2.weight == 0).flatten(1).all(1).sum()) == 6
+        found.append(pruner.sums)
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-12)
+
+
+def test_taylor_without_an_optimizer_leaves_out_what_overflowed():
+    conv = nn.Conv2d(1, 2, 1, bias=False)
+    conv.weight.data.copy_(torch.tensor([1.0, 2.0]).view(2, 1, 1, 1))
+    pruner = TaylorFOWeightFilterPruner(conv, [{'sparsity': 0.5, 'op_types': ['Conv2d']}])
+    pruner.compress()
+    (conv.weight.sum() * float('inf')).backward()
+    assert pruned(pruner, '') == []
+    conv.zero_grad()
+    conv.weight.sum().backward()
+    assert pruned(pruner, '') == [0]
+
+
+def test_taylor_sees_the_gradients_of_a_closure():
+    """Lightning steps with a closure, in which the gradients are computed."""
+    conv = nn.Conv2d(1, 2, 1, bias=False)
+    conv.weight.data.copy_(torch.tensor([1.0, 2.0]).view(2, 1, 1, 1))
+    optimizer = torch.optim.SGD(conv.parameters(), 1e-3)
+    pruner = TaylorFOWeightFilterPruner(conv, [{'sparsity': 0.5, 'op_types': ['Conv2d']}], optimizer)
+    pruner.compress()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (conv.weight.flatten() * torch.tensor([5.0, 1.0])).sum()  # (g w)^2 is 25 and 4
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 7
+    assert pruned(pruner, '') == [1] and conv.weight.flatten()[1] == 0

@@ -551,7 +551,7 @@ def test_what_is_left_of_another_search_is_not_used(tmp_path):
         ({'evaluator': None}, 'evaluator must be a function'),
         ({'base_algo': 'taylorfo'}, 'judges by training batches'),
         ({'config_list': [CONVS[0], {'sparsity': 0.4, 'op_names': ['0']}]}, r'all entries .* need the same, not \[0.4, 0.5\]'),
-        ({'config_list': [{'sparsity': 0.5, 'op_types': ['Linear']}]}, 'this pruner takes Conv2d only'),
+        ({'config_list': [{'sparsity': 0.5, 'op_types': ['Linear']}]}, 'this pruner takes Conv1d, Conv2d, '),
     ],
 )
 @pytest.mark.parametrize('make', [anneal, adapt])
