@@ -768,12 +768,6 @@ def test_imagenet_needs_torchvision(tmp_path, monkeypatch):
 # The modules themselves
 
 
-def test_importing_data_imports_neither_torchvision_nor_sklearn():
-    code = 'import sys, harness.data; print(sorted({"torchvision", "sklearn"} & set(sys.modules)))'
-    run = subprocess.run([sys.executable, '-c', code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == '[]'
-
-
 def test_make_data_from_the_command_line(tmp_path):
     script = Path(make_data.__file__)
     command = [sys.executable, script, 'cifar100', tmp_path, '--train', '7', '--test', '3']

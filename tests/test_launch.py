@@ -313,12 +313,6 @@ def test_requirements_are_what_the_code_imports():
             importlib.import_module(modules.get(name, name))
 
 
-def test_main_needs_no_torchvision():
-    code = 'import sys; sys.modules["torchvision"] = None; import main; main.parse(["--dataset=digits"])'
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_flag_goes_to_the_rows_that_have_it(tmp_path, monkeypatch, capsys):
     path = tmp_path / 'two.yaml'
     path.write_text(

@@ -1,6 +1,8 @@
 """Who may import whom. Every import counts: those inside functions too, and those by name with importlib."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from helpers import ROOT
@@ -158,3 +160,22 @@ def test_circles_are_found(modules):
     assert circle({'harness.a': 'from . import b', 'harness.b': ''}) is None
     with pytest.raises(ValueError, match='at run time'):
         imports('pruners.x', 'import importlib\nimportlib.import_module(name)', modules)
+
+
+LATE = """
+import sys
+import archs
+archs.build('resnet20', 10)
+assert 'torchvision' not in sys.modules, 'archs'
+import harness.data
+assert not {'torchvision', 'sklearn'} & set(sys.modules), 'data'
+sys.modules['torchvision'] = None
+import main
+main.parse(['--dataset=digits'])
+"""
+
+
+def test_what_is_imported_only_when_it_is_needed():
+    """archs and data import torchvision and scikit-learn when asked for their networks and images; main.py runs without torchvision."""
+    done = subprocess.run([sys.executable, '-c', LATE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
