@@ -1,15 +1,19 @@
 """Shared by all tests: one thread, and main.py run in this process on something tiny."""
 
+import functools
+
 import pytest
 import torch
 from helpers import read_few_digits
 
 import main as program
 from deploy import latency
-from harness import data
+from harness import data, result
 
 data.read_digits = read_few_digits  # an epoch of the tests' runs has 96 images; 64 are enough to test it on
 latency.SECONDS, latency.THREADS = 0.0, 1  # to measure a latency: the time is not what is tested
+latency.WARM_UP, latency.FEWEST = 0, 1
+result.commit = functools.cache(result.commit)  # two git commands a run
 
 
 @pytest.fixture(autouse=True)
