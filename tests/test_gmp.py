@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, kill_everywhere, run_main
+from helpers import TINY, resume_everywhere, run_main
 from torch import nn
 
 from args import parse
@@ -225,11 +225,11 @@ def test_finalize_gives_plain_layers_also_for_tied_weights(words):
     assert sum(zeros(model)) == round(0.9 * (784 + 25))
 
 
-def test_layer_scope_and_regrow_as_runs_and_a_killed_one(tmp_path, monkeypatch):
+def test_layer_scope_and_regrow_as_runs_and_a_killed_one(tmp_path):
     result, _ = run_main(tmp_path / 'layer', '--method=gmp', '--scope=layer', '--ptarget=0.9', '--frequency=1')
     assert all(row[0] == min(round(0.9 * row[1]), row[1] - 1) for row in result['layers'].values())
     words = ['--method=gmp', '--regrow', '--ptarget=0.8', '--epochs=2', '--frequency=1', '--optimizer=adam', '--lr=0.01']
-    assert kill_everywhere(tmp_path, monkeypatch, words) == 7
+    assert resume_everywhere(tmp_path / 'run', words) == 7
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, kill_everywhere, log_of, run_main, same_state, weights_of
+from helpers import TINY, log_of, resume_everywhere, run_main, same_state, weights_of
 from torch import nn
 
 from args import parse
@@ -166,9 +166,9 @@ def test_the_run_leaves_rounds_and_the_ticket(epoch, tmp_path):
         assert not ticket['bn1.running_mean'].any()  # as it was initialised
 
 
-def test_a_killed_run_ends_the_same_late_rewinding_too(tmp_path, monkeypatch):
+def test_a_killed_run_ends_the_same_late_rewinding_too(tmp_path):
     # arguments; log, checkpoint and rounds.json of two rounds; ticket, model, result
-    assert kill_everywhere(tmp_path, monkeypatch, [*QUICK, '--rewind-epoch=1', '--prune-iterations=1']) == 10
+    assert resume_everywhere(tmp_path / 'run', [*QUICK, '--rewind-epoch=1', '--prune-iterations=1']) == 10
 
 
 def test_rows_share_their_rounds(tmp_path, trained):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import TINY, Killed, kill_at, kill_everywhere, log_of, run_main, same_state, weights_of
+from helpers import TINY, Killed, kill_at, log_of, resume_everywhere, run_main, same_state, weights_of
 
 import main as program
 import methods.lrr
@@ -74,8 +74,8 @@ def test_rewound_weights(epoch, tmp_path, monkeypatch):
             assert tensor.dim() > 1 or torch.equal(tensor, expected[name])
 
 
-def test_a_killed_run_rewinds_to_the_same_weights(tmp_path, monkeypatch):
-    assert kill_everywhere(tmp_path, monkeypatch, [*QUICK, '--ptarget=0.6', '--rewind-epoch=1']) == 9
+def test_a_killed_run_rewinds_to_the_same_weights(tmp_path):
+    assert resume_everywhere(tmp_path / 'run', [*QUICK, '--ptarget=0.6', '--rewind-epoch=1']) == 9
 
 
 @pytest.mark.parametrize('words', [[], ['--rewind-epoch=1'], ['--rewind-epoch=0', '--optimizer=adam', '--lr=0.01']])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EXACT, TINY, kill_everywhere, log_of, run_main
+from helpers import EXACT, TINY, log_of, resume_everywhere, run_main
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -166,9 +166,9 @@ def test_a_run_meets_its_target_to_the_weight(ptarget, sigma, tmp_path):
     assert line['ratio'] == float(ptarget) and line['threshold'] > 0 and line['sparsity'] == result['sparsity']
 
 
-def test_sigma_killed_after_any_write_ends_bit_identical(tmp_path, monkeypatch):
+def test_sigma_killed_after_any_write_ends_bit_identical(tmp_path):
     words = ['--method=st3', '--sigma', '--ptarget=0.8', '--epochs=2', '--limit-train=32']
-    assert kill_everywhere(tmp_path, monkeypatch, words) == 7
+    assert resume_everywhere(tmp_path / 'run', words) == 7
 
 
 def test_switches(tmp_path):
