@@ -65,7 +65,8 @@ class Progress:
 class Trials:
     """What candidates are worth: each set of counts is evaluated once, and is a line of search_history.csv.
 
-    A candidate is a list of shares, one for each of splits.units; splits (of methods/simulated_annealing.py) says what they mean.
+    A candidate is a list of shares, one for each of splits.units; `splits` (of methods/simulated_annealing.py) says what they
+    mean.
     """
 
     def __init__(self, pruner: Search, splits, importances: Scores):

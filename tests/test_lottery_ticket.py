@@ -180,6 +180,9 @@ def test_rows_share_their_rounds(tmp_path, trained):
         assert trained == [f'round{last}']  # the others are taken over
         rounds = json.loads((tmp_path / str(last) / 'rounds.json').read_text())
         assert rounds == json.loads((tmp_path / 'alone' / 'rounds.json').read_text())[: last + 1]
+    trained.clear()
+    run_main(tmp_path / 'again', *QUICK, '--last-round=1', f'--chain={tmp_path}/chain')
+    assert trained == ['round1']  # a run trains its last round itself
     assert same_state(same, state) and part['accuracy'] == whole['accuracy'] and part['epochs'] == 3
     tickets = [torch.load(tmp_path / name / 'ticket.pt', weights_only=True) for name in ('alone', '2')]
     assert same_state(*tickets)
