@@ -11,7 +11,7 @@ from deploy.shrinking import Channels
 from sparse_utils import count_macs, prunable_layers
 
 from .compressor import Compressor
-from .search import Counts, keep_counts, trial
+from .search import Counts, keep_counts, sizes, trial
 from .selection import Keep, Scores
 
 COSTS = ('params', 'macs')
@@ -97,7 +97,7 @@ class OwnCost:
         self.each = dict.fromkeys(base.layers, 1) if each is None else each
         self.fixed = fixed
         self.weights = {name: layer.weight.numel() for name, layer in base.layers.items()}
-        self.in_one = {name: layer.weight[0].numel() if base.FILTERS else 1 for name, layer in base.layers.items()}
+        self.in_one = {name: self.weights[name] // number for name, number in sizes(base).items()}
 
     def __call__(self, counts: Counts, scores: Scores | None = None) -> int:
         kept = {name: number - counts[name] * self.in_one[name] for name, number in self.weights.items()}
