@@ -31,6 +31,7 @@ from deploy.shrinking import dependency_groups, shrink
 from pruners import search
 from pruners.cost import filter_layers
 from pruners.processes import say
+from pruners.selection import num_filters
 from pruners.trials import Progress
 
 from ._flags import positive
@@ -99,7 +100,7 @@ class Rounds:
         """A copy without one filter of each layer. Raises ValueError where the network cannot be made smaller."""
         network = copy.deepcopy(network)
         base = self.one_shot(network, None, self.groups(network))
-        keep = {name: torch.ones(len(layer.weight), dtype=torch.bool) for name, layer in base.layers.items()}
+        keep = {name: torch.ones(num_filters(layer), dtype=torch.bool) for name, layer in base.layers.items()}
         for kept in keep.values():
             kept[0] = len(kept) == 1
         base.set_masks(keep)

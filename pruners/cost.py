@@ -10,7 +10,9 @@ from deploy.channels import channel_graph, live_masks
 from deploy.shrinking import Channels
 from sparse_utils import count_macs, prunable_layers
 
-from .search import keep_counts, trial
+from .compressor import Compressor
+from .search import Counts, keep_counts, sizes, trial
+from .selection import Keep, Scores
 
 COSTS = ('params', 'macs')
 
@@ -22,7 +24,7 @@ class ChannelCost:
     for all. Raises ValueError for a model that cannot be traced.
     """
 
-    def __init__(self, model, example_input, kind='params', names=None):
+    def __init__(self, model: nn.Module, example_input: torch.Tensor, kind: str = 'params', names: list[str] | None = None):
         self.graph = channel_graph(model, example_input)
         channels = Channels(copy.deepcopy(model), example_input)
         self.readers = channels.readers
@@ -38,12 +40,12 @@ class ChannelCost:
             macs = count_macs(model, example_input)
             self.layers = {name: macs[name][0] if name in macs else 0 for name in layers}
 
-    def __call__(self, keep):
+    def __call__(self, keep: Keep) -> int:
         """keep: {convolution: bool tensor [out]} -> the cost, a whole number."""
         alive = self.alive(keep)
         return sum(round(whole * self.share(name, alive)) for name, whole in self.layers.items())
 
-    def alive(self, keep):
+    def alive(self, keep: Keep) -> torch.Tensor:
         """Bool [classes of channels]: False where every convolution that writes such a channel has a dead filter there."""
         live = {name: torch.ones(out, dtype=torch.bool) for name, (out, _) in self.convs.items()}
         live |= {name: kept.cpu() for name, kept in keep.items()}
@@ -59,7 +61,7 @@ class ChannelCost:
             alive[channels[live[name]]] = True
         return alive
 
-    def share(self, name, alive):
+    def share(self, name: str, alive: torch.Tensor) -> float:
         """What part of a layer's weights stays."""
         if name in self.followers:
             return alive[self.followers[name]].float().mean().item()
@@ -77,11 +79,11 @@ class ChannelCost:
 class ShrunkCost:
     """The cost that ChannelCost counts, in the network without its dead channels."""
 
-    def __init__(self, base, example_input, kind='params', names=None):
+    def __init__(self, base: Compressor, example_input: torch.Tensor, kind: str = 'params', names: list[str] | None = None):
         self.base = base
         self.cost_of_filters = ChannelCost(base.model, example_input, kind, names)
 
-    def __call__(self, counts, scores):
+    def __call__(self, counts: Counts, scores: Scores) -> int:
         return self.cost_of_filters(kept_filters(self.base, keep_counts(scores, counts)))
 
 
@@ -91,18 +93,18 @@ class OwnCost:
     each: {layer: cost of one weight}, None for 1 each. fixed: cost of the other layers.
     """
 
-    def __init__(self, base, each=None, fixed=0):
+    def __init__(self, base: Compressor, each: dict[str, float] | None = None, fixed: int = 0):
         self.each = dict.fromkeys(base.layers, 1) if each is None else each
         self.fixed = fixed
         self.weights = {name: layer.weight.numel() for name, layer in base.layers.items()}
-        self.in_one = {name: layer.weight[0].numel() if base.FILTERS else 1 for name, layer in base.layers.items()}
+        self.in_one = {name: self.weights[name] // number for name, number in sizes(base).items()}
 
-    def __call__(self, counts, scores=None):
+    def __call__(self, counts: Counts, scores: Scores | None = None) -> int:
         kept = {name: number - counts[name] * self.in_one[name] for name, number in self.weights.items()}
         return self.fixed + round(sum(kept[name] * self.each[name] for name in kept))
 
 
-def own_cost(base, example_input, kind):
+def own_cost(base: Compressor, example_input: torch.Tensor | None, kind: str) -> OwnCost:
     """OwnCost of the whole network. Raises ValueError for MACs without an example input."""
     weights = {name: layer.weight.numel() for name, layer in prunable_layers(base.model).items()}
     if kind == 'params':
@@ -114,19 +116,19 @@ def own_cost(base, example_input, kind):
     return OwnCost(base, each, sum(number for name, number in macs.items() if name not in base.layers))
 
 
-def kept_filters(base, keep):
+def kept_filters(base: Compressor, keep: Keep) -> Keep:
     """{layer: bool [out]} -> {convolution: bool [out]}: with slim, of the convolutions that the batch norms follow."""
     if 'BatchNorm2d' not in (base.TYPES or ()):
         return keep
     return {conv: keep[norm] for conv, norm in base.norms.items() if norm in keep}
 
 
-def filter_layers(base):
+def filter_layers(base: Compressor) -> dict[str, nn.Module]:
     """{name: layer} whose filters a pruner prunes: its layers, or with slim the convolutions that they follow."""
     return {name: base.model.get_submodule(name) for name in kept_filters(base, base.layers)}
 
 
-def usual_example(model):
+def usual_example(model: nn.Module) -> torch.Tensor | None:
     """An input of zeros of a usual size that the model takes, or None."""
     parameter = next(model.parameters())
     with trial(model), torch.no_grad():
@@ -141,7 +143,7 @@ def usual_example(model):
     return None
 
 
-def usual_shapes(model):
+def usual_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     """Shapes of one image for each number of channels that a convolution of the model reads; without any, of one vector."""
     channels = dict.fromkeys(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     features = dict.fromkeys(module.in_features for module in model.modules() if isinstance(module, nn.Linear))

@@ -9,22 +9,25 @@ import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from deploy.files import write_json
 from deploy.shrinking import release
 
 from . import processes
-from .compressor import GlobalPruner, StatisticsPruner
-from .selection import join_groups, mark_lowest, num_filters, pruned_first
+from .compressor import Compressor, GlobalPruner, StatisticsPruner
+from .selection import Keep, Scores, join_groups, mark_lowest, num_filters, pruned_first
 
+Counts = dict[str, int]  # {layer: number of filters, or weights}
 LARGEST_SHARE = 1 - 1e-9  # shares stay below 1; each layer keeps a filter in any case
 UNTIL_TOLD = 2**62  # training batches that a criterion watches
 
 
-def base_pruner(kind, model, config_list, groups=(), by_layer=True):
+def base_pruner(kind: type[Compressor], model: nn.Module, config_list: list[dict], groups=(), by_layer=True) -> Compressor:
     """The one-shot pruner of a class for a search; a criterion that watches training does so until it is told to stop.
 
     groups: lists of layers whose filters are decided together. by_layer: rank within each layer, also where the class ranks all
@@ -41,7 +44,7 @@ def base_pruner(kind, model, config_list, groups=(), by_layer=True):
     return base
 
 
-def importance(base, statistics=None):
+def importance(base: Compressor, statistics: Callable | None = None) -> Scores:
     """{layer: scores} by the criterion of a pruner; layers that are decided together (base.groups) have equal ones.
 
     statistics: a function of the model that runs training batches forward and backward, for the criteria that watch them.
@@ -57,7 +60,7 @@ def importance(base, statistics=None):
     return join_groups(base.importance(), base.groups)
 
 
-def watched_importance(base):
+def watched_importance(base: StatisticsPruner) -> Scores:
     """{layer: scores} of a criterion that has watched training batches, the mean over all processes. Raises ValueError."""
     scores = base.importance()
     if scores is None:
@@ -66,14 +69,14 @@ def watched_importance(base):
     return scores
 
 
-def check_statistics(kind, statistics):
+def check_statistics(kind: type[Compressor], statistics: Callable | None) -> None:
     """Raises ValueError where a class watches training batches and nothing runs them."""
     if issubclass(kind, StatisticsPruner) and statistics is None:
         raise ValueError(f'{kind.__name__} judges by training batches: give statistics, a function of the model')
 
 
 @contextlib.contextmanager
-def trial(model):
+def trial(model: nn.Module):
     """Whatever happens to the model inside is taken back: parameters, buffers and modes."""
     state = snapshot(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -85,12 +88,12 @@ def trial(model):
             module.training = training
 
 
-def snapshot(model):
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the model's state dict."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def replace_tensors(model, small):
+def replace_tensors(model: nn.Module, small: nn.Module) -> None:
     """Give the layers of `model` the parameters, buffers and sizes that those of `small` have, a network of shrink()."""
     release(model)  # from an earlier pruner, whose masks have the old shapes
     for name, layer in model.named_modules():
@@ -102,7 +105,7 @@ def replace_tensors(model, small):
                 setattr(layer, key, value)
 
 
-def fingerprint(model, *settings):
+def fingerprint(model: nn.Module, *settings) -> str:
     """A short name for a search: hash of the model's tensors and of the settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in model.state_dict().items():
@@ -111,17 +114,17 @@ def fingerprint(model, *settings):
     return digest.hexdigest()[:16]
 
 
-def keep_counts(scores, counts):
+def keep_counts(scores: Scores, counts: Counts) -> Keep:
     """{layer: scores}, {layer: number} -> {layer: bool tensor}, False for that number of least scores."""
     return {name: ~mark_lowest(score, counts[name]) for name, score in pruned_first(scores).items()}
 
 
-def sizes(base):
+def sizes(base: Compressor) -> Counts:
     """{layer: how many filters, or weights, there are to choose from}."""
     return {name: num_filters(layer) if base.FILTERS else layer.weight.numel() for name, layer in base.layers.items()}
 
 
-def units(base):
+def units(base: Compressor) -> list[list[str]]:
     """[[layer names], ...]: the layers of a pruner, each by itself or with those that are decided together with it."""
     found = []
     for name in base.layers:
@@ -135,7 +138,7 @@ def units(base):
 class Evaluation:
     """The evaluator of a search, a function of the model that returns a number, of which more or less is better."""
 
-    def __init__(self, evaluator, optimize_mode):
+    def __init__(self, evaluator: Callable, optimize_mode: str):
         if not callable(evaluator):
             raise ValueError(f'evaluator must be a function of the model that returns a number, got {evaluator!r}')
         if optimize_mode not in ('maximize', 'minimize'):
@@ -143,7 +146,7 @@ class Evaluation:
         self.evaluator = evaluator
         self.sign = 1 if optimize_mode == 'maximize' else -1
 
-    def score(self, model):
+    def score(self, model: nn.Module) -> float:
         """What the evaluator says of the model as it is, the mean over all processes. Raises ValueError for no number."""
         value = self.evaluator(model)
         try:
@@ -153,7 +156,7 @@ class Evaluation:
         processes.average([value])
         return value.item()
 
-    def utility(self, score):
+    def utility(self, score: float) -> float:
         """Larger is better; what is not a finite number is the worst."""
         return self.sign * score if math.isfinite(score) else -math.inf
 
@@ -185,7 +188,7 @@ class Search(AroundPruner):
     def search(self):
         raise NotImplementedError
 
-    def compress(self, return_config_list=False):
+    def compress(self, return_config_list: bool = False) -> nn.Module | list[dict]:
         """Search, mask the model in place with what was found, let the masks hold; returns the model, or its config list."""
         self.search()
         self.base.hook()
@@ -198,7 +201,7 @@ class Search(AroundPruner):
             raise ValueError('call compress() before export_model()')
         self.base.export_model(*paths, **options)
 
-    def finish(self, shares, keep, figures):
+    def finish(self, shares: dict[str, float], keep: Keep, figures: dict) -> None:
         """Give `base` the shares and masks that were found, and write search_result.json: figures, and the config list."""
         self.base.sparsity = dict(shares)
         self.base.set_masks(keep)
@@ -206,13 +209,13 @@ class Search(AroundPruner):
         write_json(self.result, self.folder / 'search_result.json')
 
 
-def as_config_list(base, shares):
+def as_config_list(base: Compressor, shares: dict[str, float]) -> list[dict]:
     """{layer: share} -> a config list with which the class of base_algo (slim: with global_sort=False) makes the same masks."""
     kinds = {name: type(layer).__name__ for name, layer in base.layers.items()}
     return [{'sparsity': share, 'op_types': [kinds[name]], 'op_names': [name]} for name, share in shares.items()]
 
 
-def open_folder(folder):
+def open_folder(folder: Path) -> None:
     """Make the folder of a search, for all processes."""
     if processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
