@@ -743,6 +743,9 @@ class Pruner:
         self._groups = [names] if self.backbone == 'global' else [[name] for name in names]
         self._sizes = {name: dense_weight(*places[0]).numel() for name, places in self._places.items()}
         self._before = [None] * len(self._groups)  # the threshold before, of each group
+        # What a step looks up for each layer, kept at hand: the operators of a group, and what holds its weights.
+        self._members = [self._operators(group) for group in self._groups]
+        self._holders = [[self._holder(name) for name in group] for group in self._groups]
         _hide_from_ddp(self.model)
 
     @property
@@ -772,11 +775,16 @@ class Pruner:
     def _operators(self, names):
         return [operator_of(*place) for name in names for place in self._places[name]]
 
-    def _weights(self, names):
-        """The dense weights. Raises ValueError when they are parts of tensors, as under FSDP."""
-        weights = [dense_weight(*self._places[name][0]) for name in names]
-        for name, weight in zip(names, weights, strict=True):
-            if _is_sharded(weight) or weight.numel() != self._sizes[name]:
+    def _holder(self, name):
+        layer, attribute = self._places[name][0]
+        return layer.parametrizations[attribute]
+
+    def _weights(self, number):
+        """The dense weights of a group. Raises ValueError when they are parts of tensors, as under FSDP."""
+        weights = [holder.original for holder in self._holders[number]]
+        for name, weight in zip(self._groups[number], weights, strict=True):
+            sharded = type(weight) is not nn.Parameter and _is_sharded(weight)
+            if sharded or weight.numel() != self._sizes[name]:
                 raise ValueError(SHARDED.format(name))
         return weights
 
@@ -802,14 +810,14 @@ class Pruner:
 
     def _recompute(self):
         """The thresholds for the current weights and ratio."""
-        for number, names in enumerate(self._groups):
-            buffers = [operator.threshold for operator in self._operators(names)]
+        for number, operators in enumerate(self._members):
+            buffers = [operator.threshold for operator in operators]
             if self._ratio == 0:
                 torch._foreach_zero_(buffers)
                 continue
             guess = next_threshold(buffers[0], self._before[number])
             self._before[number] = buffers[0].clone()
-            threshold = global_threshold(self._weights(names), self._ratio, guess)
+            threshold = global_threshold(self._weights(number), self._ratio, guess)
             torch._foreach_copy_(buffers, [threshold] * len(buffers))
 
     def _cubic(self, step):
@@ -845,6 +853,8 @@ class Pruner:
                 self._recompute()
             _show_to_ddp(self.model)
             _bake([place for places in self._places.values() for place in places])
+            self._members = []
+            self._holders = []
         return self.model
 
     def _end_ratio(self):
