@@ -733,6 +733,8 @@ class Pruner:
 
     def _attach(self):
         self._groups = []  # lists of names whose weights share a threshold; none where thresholds are trained
+        self._members = []  # what a step looks up, kept at hand: the operators of each group
+        self._holders = []  # and what holds its weights
         if self.backbone == 'asl':
             _attach_adaptive(self.model, self._places, initial_thresh(self.final_rate), True, self.p, self.theta)
             return
@@ -743,7 +745,6 @@ class Pruner:
         self._groups = [names] if self.backbone == 'global' else [[name] for name in names]
         self._sizes = {name: dense_weight(*places[0]).numel() for name, places in self._places.items()}
         self._before = [None] * len(self._groups)  # the threshold before, of each group
-        # What a step looks up for each layer, kept at hand: the operators of a group, and what holds its weights.
         self._members = [self._operators(group) for group in self._groups]
         self._holders = [[self._holder(name) for name in group] for group in self._groups]
         _hide_from_ddp(self.model)
