@@ -873,9 +873,9 @@ class Pruner:
             return
         reached = f'the ramp reached {100 * self._end_ratio():.4g} % of the {100 * self.final_rate:g} % asked for'
         warnings.warn(
-            f'update_thresh() was called {self.step:,} times where nbatches * epochs announced {self.total_steps:,}: {reached}. '
-            'With gradient accumulation, nbatches is the number of calls an epoch. To prune to final_rate all the same, set '
-            'pruner.step = pruner.total_steps first.',
+            f'update_thresh() was called {self.step:,} times where nbatches * epochs announced {self.total_steps:,}: '
+            f'{reached}. With gradient accumulation, nbatches is the number of calls an epoch. To prune to final_rate all the '
+            'same, set pruner.step = pruner.total_steps first.',
             stacklevel=3,
         )
 
@@ -1190,10 +1190,17 @@ def count_macs(model: nn.Module, example_input: torch.Tensor | tuple | list | di
         used = int(torch.count_nonzero(kernel)) * uses // batch
         macs[name] = (dense + kernel.numel() * uses // batch, nonzero + used)
 
-    handles = []
-    for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        handles.append(layer.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
+    def enter(name):
+        def hook(layer, inputs):
+            running.append(name)
+
+        return hook
+
+    def leave(layer, inputs, output):
+        running.pop()
+
+    handles = [layer.register_forward_pre_hook(enter(name)) for name, layer in layers.items()]
+    handles += [layer.register_forward_hook(leave, always_call=True) for layer in layers.values()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole block would hide its products
     try:
@@ -1202,8 +1209,9 @@ def count_macs(model: nn.Module, example_input: torch.Tensor | tuple | list | di
             for name, module, attribute in matrices(model):
                 if not isinstance(module, PRUNABLE):  # of those, what their weight may be computed from
                     places[place_name(name, attribute)] = (module, attribute)
-            for name, place in places.items():
-                names.setdefault(getattr(*place).untyped_storage().data_ptr(), []).append(name)
+            weights = {name: getattr(*place) for name, place in places.items()}  # kept, or others could get their addresses
+            for name, weight in weights.items():
+                names.setdefault(weight.untyped_storage().data_ptr(), []).append(name)
             with _Products(record):
                 model(*unnamed, **named)
     finally:

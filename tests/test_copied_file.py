@@ -770,7 +770,8 @@ def test_one_line_says_what_is_pruned_and_what_is_not(capsys):
     assert capsys.readouterr().out == (
         f'32 of {total} parameters are pruned, those of 2 weights; left out: 1 x Everything.experts (32); '
         '1 x Embedding.weight (28); 1 x MultiheadAttention.in_proj_weight (48); 1 x Conv1D.weight (16); '
-        '2 x LSTM, which cannot be pruned as it keeps its weights under other names too (128); include= prunes matrices by name\n'
+        '2 x LSTM, which cannot be pruned as it keeps its weights under other names too (128); '
+        'include= prunes matrices by name\n'
     )
     quiet(model).desparsify()
     iter_sparsify(model, 1.0, pthres=1, say=None)
