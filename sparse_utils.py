@@ -733,6 +733,8 @@ class Pruner:
 
     def _attach(self):
         self._groups = []  # lists of names whose weights share a threshold; none where thresholds are trained
+        self._members = []  # what a step looks up, kept at hand: the operators of each group
+        self._holders = []  # and what holds its weights
         if self.backbone == 'asl':
             _attach_adaptive(self.model, self._places, initial_thresh(self.final_rate), True, self.p, self.theta)
             return
@@ -743,6 +745,8 @@ class Pruner:
         self._groups = [names] if self.backbone == 'global' else [[name] for name in names]
         self._sizes = {name: dense_weight(*places[0]).numel() for name, places in self._places.items()}
         self._before = [None] * len(self._groups)  # the threshold before, of each group
+        self._members = [self._operators(group) for group in self._groups]
+        self._holders = [[self._holder(name) for name in group] for group in self._groups]
         _hide_from_ddp(self.model)
 
     @property
@@ -772,11 +776,16 @@ class Pruner:
     def _operators(self, names):
         return [operator_of(*place) for name in names for place in self._places[name]]
 
-    def _weights(self, names):
-        """The dense weights. Raises ValueError when they are parts of tensors, as under FSDP."""
-        weights = [dense_weight(*self._places[name][0]) for name in names]
-        for name, weight in zip(names, weights, strict=True):
-            if _is_sharded(weight) or weight.numel() != self._sizes[name]:
+    def _holder(self, name):
+        layer, attribute = self._places[name][0]
+        return layer.parametrizations[attribute]
+
+    def _weights(self, number):
+        """The dense weights of a group. Raises ValueError when they are parts of tensors, as under FSDP."""
+        weights = [holder.original for holder in self._holders[number]]
+        for name, weight in zip(self._groups[number], weights, strict=True):
+            sharded = type(weight) is not nn.Parameter and _is_sharded(weight)
+            if sharded or weight.numel() != self._sizes[name]:
                 raise ValueError(SHARDED.format(name))
         return weights
 
@@ -802,14 +811,14 @@ class Pruner:
 
     def _recompute(self):
         """The thresholds for the current weights and ratio."""
-        for number, names in enumerate(self._groups):
-            buffers = [operator.threshold for operator in self._operators(names)]
+        for number, operators in enumerate(self._members):
+            buffers = [operator.threshold for operator in operators]
             if self._ratio == 0:
                 torch._foreach_zero_(buffers)
                 continue
             guess = next_threshold(buffers[0], self._before[number])
             self._before[number] = buffers[0].clone()
-            threshold = global_threshold(self._weights(names), self._ratio, guess)
+            threshold = global_threshold(self._weights(number), self._ratio, guess)
             torch._foreach_copy_(buffers, [threshold] * len(buffers))
 
     def _cubic(self, step):
@@ -845,6 +854,8 @@ class Pruner:
                 self._recompute()
             _show_to_ddp(self.model)
             _bake([place for places in self._places.values() for place in places])
+            self._members = []
+            self._holders = []
         return self.model
 
     def _end_ratio(self):
@@ -862,9 +873,9 @@ class Pruner:
             return
         reached = f'the ramp reached {100 * self._end_ratio():.4g} % of the {100 * self.final_rate:g} % asked for'
         warnings.warn(
-            f'update_thresh() was called {self.step:,} times where nbatches * epochs announced {self.total_steps:,}: {reached}. '
-            'With gradient accumulation, nbatches is the number of calls an epoch. To prune to final_rate all the same, set '
-            'pruner.step = pruner.total_steps first.',
+            f'update_thresh() was called {self.step:,} times where nbatches * epochs announced {self.total_steps:,}: '
+            f'{reached}. With gradient accumulation, nbatches is the number of calls an epoch. To prune to final_rate all the '
+            'same, set pruner.step = pruner.total_steps first.',
             stacklevel=3,
         )
 
@@ -1179,10 +1190,17 @@ def count_macs(model: nn.Module, example_input: torch.Tensor | tuple | list | di
         used = int(torch.count_nonzero(kernel)) * uses // batch
         macs[name] = (dense + kernel.numel() * uses // batch, nonzero + used)
 
-    handles = []
-    for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        handles.append(layer.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
+    def enter(name):
+        def hook(layer, inputs):
+            running.append(name)
+
+        return hook
+
+    def leave(layer, inputs, output):
+        running.pop()
+
+    handles = [layer.register_forward_pre_hook(enter(name)) for name, layer in layers.items()]
+    handles += [layer.register_forward_hook(leave, always_call=True) for layer in layers.values()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole block would hide its products
     try:
@@ -1191,8 +1209,9 @@ def count_macs(model: nn.Module, example_input: torch.Tensor | tuple | list | di
             for name, module, attribute in matrices(model):
                 if not isinstance(module, PRUNABLE):  # of those, what their weight may be computed from
                     places[place_name(name, attribute)] = (module, attribute)
-            for name, place in places.items():
-                names.setdefault(getattr(*place).untyped_storage().data_ptr(), []).append(name)
+            weights = {name: getattr(*place) for name, place in places.items()}  # kept, or others could get their addresses
+            for name, weight in weights.items():
+                names.setdefault(weight.untyped_storage().data_ptr(), []).append(name)
             with _Products(record):
                 model(*unnamed, **named)
     finally:

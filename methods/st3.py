@@ -202,7 +202,8 @@ class Method(Base):
             owner = owners.setdefault(id(layer.weight), name)
             groups = layer.groups if getattr(layer, 'transposed', False) else None
             operator = STEPrunedLayer(self.args.soft, self.args.rescale, groups).to(layer.weight)
-            self.weights[owner] = layer.weight if owner == name else self.weights[owner]
+            if owner == name:
+                self.weights[name] = layer.weight
             self.operators.setdefault(owner, []).append(operator)
             attach(layer, operator)
         self.before = None
@@ -214,8 +215,8 @@ class Method(Base):
         end = self.end * self.batches
         share = progress(done, start, end, self.args.power) if self.args.ramp else float(done >= start)
         self.ratio = self.args.ptarget * share
-        name, (first, *_) = next(iter(self.operators.items()))
-        guess = {name: next_threshold(first.threshold, self.before)}
+        first = next(iter(self.operators.values()))[0]
+        guess = {'first': next_threshold(first.threshold, self.before)}
         self.before = first.threshold.clone()
         if self.ratio == 0:
             thresholds = dict.fromkeys(self.weights, 0.0)
@@ -229,9 +230,9 @@ class Method(Base):
         self.update(step + 1)  # no weight changes from here to the next forward: after_epoch has nothing left to do
 
     def metrics(self):
-        name, (operator, *_) = next(iter(self.operators.items()))
+        name, operators = next(iter(self.operators.items()))
         unit = inverse_std(self.weights[name]) if self.args.sigma else 1.0  # sigma: the threshold in units of std
-        return {'ratio': self.ratio, 'threshold': operator.threshold.item() * unit}
+        return {'ratio': self.ratio, 'threshold': operators[0].threshold.item() * unit}
 
     def finalize(self, model):
         bake(self.layers.values())

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_utils import (
     Pruner,
@@ -769,7 +770,8 @@ def test_one_line_says_what_is_pruned_and_what_is_not(capsys):
     assert capsys.readouterr().out == (
         f'32 of {total} parameters are pruned, those of 2 weights; left out: 1 x Everything.experts (32); '
         '1 x Embedding.weight (28); 1 x MultiheadAttention.in_proj_weight (48); 1 x Conv1D.weight (16); '
-        '2 x LSTM, which cannot be pruned as it keeps its weights under other names too (128); include= prunes matrices by name\n'
+        '2 x LSTM, which cannot be pruned as it keeps its weights under other names too (128); '
+        'include= prunes matrices by name\n'
     )
     quiet(model).desparsify()
     iter_sparsify(model, 1.0, pthres=1, say=None)
@@ -813,6 +815,13 @@ def test_matrices_are_pruned_by_name(method):
 def test_weights_of_a_recurrent_layer_cannot_be_named():
     chosen, left_out = weights_to_prune(Everything(), include='lstm.*')
     assert list(chosen) == ['attention.out_proj', 'fc'] and 'lstm.weight_hh_l0' in left_out
+
+
+def test_weights_on_several_devices_have_no_common_threshold():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device='meta'))
+    with pytest.raises(ValueError, match="lie on cpu, meta: one threshold needs one device, or 'layerwise'"):
+        quiet(model)
+    assert not parametrize.is_parametrized(model[0])
 
 
 def test_a_lazy_layer_is_refused():
@@ -952,6 +961,18 @@ def test_macs_of_a_transformer_layer_and_of_several_inputs():
     assert count_macs(layer, x) == {name: (n, n) for name, n in dense.items()}
     assert count_macs(layer, {'src': x}) == count_macs(layer, (x,)) == count_macs(layer, x)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_macs_are_those_that_torch_counts():
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(8, 2, 16)
+    x, memory = torch.randn(2, 1, 5, 8)  # one example: its axis is the second
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer.eval()(x[None, 0], memory[None, 0])
+    counted = count_macs(layer, {'tgt': x[None, 0], 'memory': memory[None, 0]})
+    products = {str(name): flops for name, flops in counter.get_flop_counts()['Global'].items()}
+    assert sum(dense for dense, _ in counted.values()) == (products['aten.addmm'] + products.get('aten.mm', 0)) // 2
+    assert {'self_attn.in_proj_weight', 'multihead_attn.in_proj_weight', 'self_attn.out_proj'} < counted.keys()
 
 
 def test_macs_of_a_vector_of_tied_layers_and_of_activations_times_activations():

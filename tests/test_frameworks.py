@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_utils import Pruner, count_zeros, dense_state_dict, dense_weight
+from sparse_utils import Pruner, count_macs, count_zeros, dense_state_dict, dense_weight, prunable_layers
 
 pytestmark = pytest.mark.frameworks
 ROOT = Path(__file__).parent.parent
@@ -112,6 +113,27 @@ def test_timm_families_with_standardized_convolutions_are_refused(name):
     with pytest.raises(ValueError, match='StdConv2d(Same)?.forward: make it a plain layer first, or leave it out'):
         Pruner(model)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    'name, size',
+    [('swin_tiny_patch4_window7_224', 56), ('eva02_tiny_patch14_224', 28), ('beit_base_patch16_224', 32), ('nf_resnet26', 32)],
+)
+def test_macs_are_those_that_torch_counts(name, size):
+    """These hand weights to torch.nn.functional themselves, or compute them; products of activations are left out."""
+    timm = pytest.importorskip('timm')
+    options = {} if name == 'nf_resnet26' else {'img_size': size}
+    model = timm.create_model(name, num_classes=5, **options).eval()
+    images = torch.randn(2, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    flops = {str(name): number for name, number in counter.get_flop_counts()['Global'].items()}
+    expected = sum(
+        number for name, number in flops.items() if name not in ('aten.bmm', 'aten._scaled_dot_product_flash_attention')
+    )
+    counted = count_macs(model, images)
+    assert counted.keys() >= prunable_layers(model).keys()
+    assert 2 * 2 * sum(dense for dense, _ in counted.values()) == expected
 
 
 def test_timm_average():

@@ -493,13 +493,14 @@ for epoch in range(epochs):
     pruner.update_thresh(end_of_batch=True)
 # finalize sparse model
 pruner.desparsify()
+import sys
 zeros = sum(int((p == 0).sum()) for n, p in model.named_parameters() if 'weight' in n)
 assert zeros == int((216 + 1440 - 1) * 0.9) + 1, zeros
 import ast
 tree = ast.parse(open('sparse_utils.py').read())
-for node in ast.walk(tree):
-    names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-    assert all(name.split('.')[0] in {'torch', 'collections', 'contextlib', 'fnmatch', 'math', 'warnings'} for name in names), names
+names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+assert {name.split('.')[0] for name in names} <= {'torch', *sys.stdlib_module_names}, names
 print('fine')
 """
     done = subprocess.run([sys.executable, '-c', sketch], cwd=tmp_path, capture_output=True, text=True)
