@@ -786,14 +786,3 @@ def test_masks_of_parts_of_filters_are_refused():
     with pytest.raises(ValueError, match='the mask of conv1 prunes parts of filters; L1FilterPruner prunes whole ones'):
         pruner.load_masks({'conv1': {'weight': mask, 'bias': None}})
     assert all(torch.equal(before[name], tensor) for name, tensor in pruner.model.state_dict().items())
-
-
-def test_rounds_of_the_lottery_hold_without_compress():
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    pruner = methods.LotteryTicketPruner(model, half('fc', prune_iterations=1), optimizer)
-    for _ in pruner.get_prune_iterations():
-        pruner.prune_iteration_start()
-        train(model, optimizer, 3)
-    gone = ~pruner.masks['fc']['weight']
-    assert int(gone.sum()) == 12 and not model.fc.weight[gone].any()

@@ -1109,3 +1109,81 @@ def test_taylor_sees_the_gradients_of_a_closure():
 
     assert optimizer.step(closure).item() == 7
     assert pruned(pruner, '') == [1] and conv.weight.flatten()[1] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- frameworks
+
+
+def images_and_labels():
+    torch.manual_seed(0)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 1, 9, 9), torch.arange(16) % 2), 8)
+
+
+def half_of_the_filters(model):
+    return int((model.conv1.weight == 0).flatten(1).all(1).sum()) == 4 == int((model.bn1.bias == 0).sum())
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize('kind', [L1FilterPruner, TaylorFOWeightFilterPruner])
+def test_accelerate(kind):
+    accelerate = pytest.importorskip('accelerate')
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = Small()
+    model, optimizer, batches = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 0.01), images_and_labels())
+    pruner = kind(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}], optimizer)
+    pruner.compress()
+    for x, y in batches:
+        accelerator.backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert half_of_the_filters(model)
+    assert type(pruner.optimizer) is torch.optim.AdamW
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize('kind', [L1FilterPruner, TaylorFOWeightFilterPruner])
+def test_lightning(kind, tmp_path):
+    """Its steps have closures, in which the gradients are computed."""
+    lightning = pytest.importorskip('lightning')
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Small()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
+
+        def on_train_start(self):
+            self.pruner = kind(self.model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}], self.optimizers())
+            self.pruner.compress()
+
+        def training_step(self, batch, number):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def on_train_batch_end(self, *_):
+            assert half_of_the_filters(self.model)
+
+    quiet = dict.fromkeys(('logger', 'enable_progress_bar', 'enable_model_summary', 'enable_checkpointing'), False)
+    trainer = lightning.Trainer(max_epochs=1, accelerator='cpu', default_root_dir=tmp_path, **quiet)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of its own
+        trainer.fit(Module(), images_and_labels())
+
+
+@pytest.mark.gpu
+def test_no_step_and_no_evaluation_waits_for_the_gpu():
+    model = Small().cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    L1FilterPruner(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}], optimizer).compress()
+    x, y = torch.randn(4, 1, 9, 9).cuda(), torch.tensor([0, 1, 0, 1]).cuda()
+    for mode in ('default', 'error'):  # the first time, things are set up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            F.cross_entropy(model.train()(x), y).backward()
+            optimizer.step()
+            model.eval()(x)
+            model.state_dict()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    assert half_of_the_filters(model)
