@@ -55,16 +55,21 @@ def pruned_to_zero(weight, mask):
     return torch.where(mask, weight, 0) if weight[~mask].any() else weight
 
 
+def threshold_between(weights, kept):
+    """A threshold above which the `kept` largest magnitudes of a list of tensors lie, or all but those that are equal to it."""
+    total = sum(weight.numel() for weight in weights)
+    if kept == total:
+        return -1.0
+    quantile = min((total - kept - 0.5) / max(total - 1, 1), 1)  # between the last that is pruned and the first that is kept
+    return global_threshold(weights, quantile)
+
+
 def keep_largest_magnitudes(weights, kept, previous=None):
     """{name: tensor} -> {name: bool mask}, True for the `kept` largest magnitudes of all; of equal ones, for the first.
 
     previous: masks; of equal magnitudes those that they keep come first. Needs little memory beside the masks.
     """
-    total = sum(weight.numel() for weight in weights.values())
-    if kept == total:
-        return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    between = min((total - kept - 0.5) / max(total - 1, 1), 1)  # the quantile between the last pruned and the first kept
-    threshold = global_threshold(list(weights.values()), between)
+    threshold = threshold_between(list(weights.values()), kept)
     masks = {name: weight.abs() > threshold for name, weight in weights.items()}
     missing = kept - sum(int(mask.sum()) for mask in masks.values())
     return masks if missing == 0 else keep_equal(weights, threshold, masks, missing, previous)

@@ -22,6 +22,7 @@ Further deviations: bisection halves 30 times, where theirs stops after 20 or wi
 
 import itertools
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from sparse_utils import attach, bake, layers_to_prune
 
 from . import Method as Base
 from ._flags import count, nonnegative, positive
+from ._masks import keep_largest_magnitudes, threshold_between
 
 EPS = 1e-20  # e: log(0 + e) is -46, so that probabilities of 0 and 1 have finite values and gradients in float32
 SAMPLE_BATCHES = 10  # training batches on which --sample-masks compares
@@ -54,10 +56,10 @@ def relaxed_mask(score, temp, noise):
 
 
 def noise_like(score):
-    """Logistic noise from the global generator."""
-    u0 = torch.rand_like(score)
-    u1 = torch.rand_like(score)
-    return -torch.log(torch.log(u0 + EPS) / torch.log(u1 + EPS) + EPS)
+    """Logistic noise from the global generator: -log(log(u0 + e) / log(u1 + e) + e), in place."""
+    log_u0 = torch.rand_like(score).add_(EPS).log_()
+    log_u1 = torch.rand_like(score).add_(EPS).log_()
+    return log_u0.div_(log_u1).add_(EPS).log_().neg_()
 
 
 @torch.no_grad()
@@ -86,25 +88,21 @@ def project(scores, budget):
 @torch.no_grad()
 def most_probable(scores, weights, kept):
     """Bool masks, True for the `kept` highest scores of all tensors; ties go to the larger |weight|, then to the first."""
-    magnitude = torch.cat([weight.reshape(-1) for weight in weights]).abs_()
-    order = magnitude.argsort(descending=True, stable=True)
-    order = order[torch.cat([score.reshape(-1) for score in scores])[order].argsort(descending=True, stable=True)]
-    mask = torch.zeros_like(magnitude, dtype=torch.bool)
-    mask[order[:kept]] = True
-    parts = mask.split([score.numel() for score in scores])
-    return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
-
-
-def drawn_weight(weight, score, temp):
-    """What a layer computes with in a training forward: the weight times a relaxed draw of its mask."""
-    return weight * relaxed_mask(score, temp, noise_like(score))
+    threshold = threshold_between(scores, kept)
+    masks = [score > threshold for score in scores]
+    missing = kept - sum(int(mask.sum()) for mask in masks)
+    if missing > 0:
+        equal = [score == threshold for score in scores]
+        magnitudes = torch.cat([weight[places] for weight, places in zip(weights, equal, strict=True)])
+        chosen = keep_largest_magnitudes({'equal': magnitudes}, missing)['equal']
+        parts = chosen.split([int(places.sum()) for places in equal])
+        for mask, places, part in zip(masks, equal, parts, strict=True):
+            mask[places] = part
+    return masks
 
 
 class Gate(nn.Module):
-    """A parametrization: relaxed and random where a training forward is differentiated, else the hard mask.
-
-    The backward pass draws the same numbers again: kept, the steps of drawn_weight() would take three times the weights' memory.
-    """
+    """A parametrization: relaxed and random where a training forward is differentiated, else the hard mask."""
 
     def __init__(self, weight, temp):
         super().__init__()
@@ -114,8 +112,13 @@ class Gate(nn.Module):
 
     def forward(self, weight):
         if self.training and torch.is_grad_enabled():
-            return checkpoint(drawn_weight, weight, self.score, self.temperature, use_reentrant=False)
+            return weight * relaxed_mask(self.score, self.temperature, noise_like(self.score))
         return torch.where(self.mask, weight, 0)
+
+
+def draw_again_in_backward(layer):
+    """Let the layer keep nothing of a drawn mask for the backward pass, which draws the same one: it would be five times w."""
+    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 class Method(Base):
@@ -154,6 +157,7 @@ class Method(Base):
         gates = {id(weight): Gate(weight, self.temperature) for weight in self.weights}
         for layer in self.layers:
             attach(layer, gates[id(layer.weight)])
+            draw_again_in_backward(layer)
         self.gates = list(gates.values())
         self.scores = [gate.score for gate in self.gates]
         self.total = sum(score.numel() for score in self.scores)
@@ -246,6 +250,8 @@ class Method(Base):
 
     def fix_masks(self):
         """Leave plain layers; from here on the masks hold their weights at zero."""
+        for layer in self.layers:
+            del layer.forward  # of draw_again_in_backward()
         bake(self.layers)
         self.masks = [gate.mask for gate in self.gates]
 

@@ -196,6 +196,19 @@ def test_ties_go_to_the_larger_weight_and_the_count_is_exact():
         assert mask.sum() == kept and mask[:kept].all()
 
 
+def test_the_most_probable_against_two_sorts():
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(shape, generator=generator).round(decimals=1) for shape in ((4, 3, 3, 3), (50,), (7, 9))]  # with ties
+    weights = [torch.randn(score.shape, generator=generator).round(decimals=1) for score in scores]
+    score, magnitude = (torch.cat([part.flatten() for part in parts]) for parts in (scores, [w.abs() for w in weights]))
+    order = magnitude.argsort(descending=True, stable=True)
+    order = order[score[order].argsort(descending=True, stable=True)]
+    for kept in range(len(score) + 1):
+        expected = torch.zeros(len(score), dtype=torch.bool)
+        expected[order[:kept]] = True
+        assert torch.equal(torch.cat([mask.flatten() for mask in most_probable(scores, weights, kept)]), expected), kept
+
+
 def test_evaluation_draws_nothing_and_is_hard():
     method, model, fit = make()
     list(train(method, fit))
