@@ -486,6 +486,14 @@ def test_a_rehearsal_removes_a_filter_of_each_layer(name, tmp_path):
     assert small.conv2.out_channels == (8 if name == 'slim' else 7)  # no batch norm follows it
 
 
+def test_a_network_that_an_earlier_pruner_holds(tmp_path):
+    model = Digits()
+    L1FilterPruner(model, half('conv1')).compress()
+    compress(model, tmp_path, num_iterations=1).compress()
+    assert len(model.conv1.weight) <= 4 and model(torch.zeros(2, 1, 12, 12)).shape == (2, 2)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+
+
 def test_the_layers_of_the_smaller_network_are_the_same_objects(tmp_path):
     """So that what holds them, as a list that is no ModuleList, goes on with the smaller ones."""
 

@@ -329,6 +329,21 @@ def test_netadapt_finds_its_example_input(tmp_path):
     assert pruner.groups == [['back', 'stem']] and pruner.result['met']
 
 
+@pytest.mark.parametrize('make', [anneal, adapt])
+def test_filters_of_transposed_convolutions(make, tmp_path):
+    """Their weight is [in, out, ...]: 48 weights in each of 6 filters, then 54 in each of 8."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, (3, 4)), nn.ReLU(), nn.Conv2d(6, 8, 3))
+    config_list = [{'sparsity': 0.5, 'op_names': ['0', '2']}]
+    options = {'example_input': None} if make is anneal else {}
+    pruner = make(model, tmp_path, constant, config_list, **options)
+    pruner.compress()
+    a, b = (int(pruner.keep[name].sum()) for name in ('0', '2'))
+    assert torch.equal(model[0].weight.flatten(2).transpose(0, 1).flatten(1).any(1), pruner.keep['0']) and a < 6
+    left = 48 * a + 54 * b if make is anneal else 48 * a + 9 * a * b
+    assert left <= 360 and pruner.result['sparsity'] == 1 - left / 720 and pruner.result['met']
+
+
 class Untraceable(Residual):
     def forward(self, x):
         return super().forward(x) if x.sum() < 1e9 else x
