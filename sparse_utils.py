@@ -285,47 +285,28 @@ def weights_to_prune(
     """
     include = [include] if isinstance(include, str) else list(include)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-    owners = {}  # {id of a parameter: [(name, module, attribute), ...]}
-    for name, module, attribute in matrices(model):
-        owners.setdefault(id(dense_weight(module, attribute)), []).append((place_name(name, attribute), module, attribute))
+    seen = set()  # patterns that name something
     chosen = {}
     left_out = {}
-    seen = set()  # patterns that name something
-    for name, module in model.named_modules():  # what computes its weight has no parameter `weight` to be found below
-        if isinstance(module, PRUNABLE) and 'weight' not in module._parameters:
+    for name, module in model.named_modules():
+        if isinstance(module, PRUNABLE) and 'weight' not in module._parameters:  # it computes its weight
             excluded = _named(exclude, [name], seen)
             small = module.weight.numel() < pthres or not any(parameter.requires_grad for parameter in module.parameters())
             if _named(include, [name], seen) or not (excluded or small):
                 _check_plain(name, module)
             left_out[name] = ('computed from other parameters', module.weight.numel())
+    owners = {}  # {id of a parameter: [(name, module, attribute), ...]}
+    for name, module, attribute in matrices(model):
+        owners.setdefault(id(dense_weight(module, attribute)), []).append((place_name(name, attribute), module, attribute))
     for places in owners.values():
-        parameter = dense_weight(*places[0][1:])
         names = [name for name, _, _ in places]
-        strangers = [name for name, module, attribute in places if not isinstance(module, PRUNABLE) or attribute != 'weight']
-        name = next((name for name in names if name not in strangers), names[0])
-        included = _named(include, names, seen)
         excluded = _named(exclude, names, seen)
-        why = None
-        if any(isinstance(module, nn.RNNBase) for _, module, _ in places):
-            why = f'{type(places[0][1]).__name__}, which cannot be pruned as it keeps its weights under other names too'
-        elif any(operator_of(module, attribute) is not None for _, module, attribute in places):
-            why = 'attached already'
-        elif included:
-            why = None
-        elif excluded:
-            why = 'excluded'
-        elif len(strangers) == len(places):
-            why = f'{type(places[0][1]).__name__}.{places[0][2]}'
-        elif strangers:
-            why = f'{name} tied to {strangers[0]}'
-        elif not parameter.requires_grad:
-            why = 'frozen'
-        elif parameter.numel() < pthres:
-            why = f'smaller than {pthres}'
+        included = _named(include, names, seen)
+        name, why = _reason(places, pthres, included, excluded)
         if why is None:
-            chosen[name] = places
+            chosen[name] = [(module, attribute) for _, module, attribute in places]
         else:
-            left_out[name] = (why, parameter.numel())
+            left_out[name] = (why, dense_weight(*places[0][1:]).numel())
     for pattern in [*include, *exclude]:
         if pattern not in seen:
             raise ValueError(f'{pattern!r} is the name of no layer and of no matrix among the parameters of this model')
@@ -333,11 +314,42 @@ def weights_to_prune(
         raise ValueError(
             f'the model has no convolution or linear layer with at least {pthres} weights to be pruned' + _left(left_out)
         )
-    for places in chosen.values():
-        for name, module, attribute in places:
-            if isinstance(module, PRUNABLE) and attribute == 'weight':
+    for name, places in chosen.items():
+        for module, attribute in places:
+            if _is_prunable(module, attribute):
                 _check_plain(name, module)
-    return {name: [place[1:] for place in places] for name, places in chosen.items()}, left_out
+    return chosen, left_out
+
+
+def _is_prunable(module, attribute):
+    return isinstance(module, PRUNABLE) and attribute == 'weight'
+
+
+def _reason(places, pthres, included, excluded):
+    """(name, why a parameter with these (name, module, attribute) is not pruned, or None)."""
+    strangers = [name for name, module, attribute in places if not _is_prunable(module, attribute)]
+    name = next((name for name, _, _ in places if name not in strangers), places[0][0])
+    kind = type(places[0][1]).__name__
+    parameter = dense_weight(*places[0][1:])
+    if any(isinstance(module, nn.RNNBase) for _, module, _ in places):
+        why = f'{kind}, which cannot be pruned as it keeps its weights under other names too'
+    elif any(operator_of(module, attribute) is not None for _, module, attribute in places):
+        why = 'attached already'
+    elif included:
+        why = None
+    elif excluded:
+        why = 'excluded'
+    elif len(strangers) == len(places):
+        why = f'{kind}.{places[0][2]}'
+    elif strangers:
+        why = f'{name} tied to {strangers[0]}'
+    elif not parameter.requires_grad:
+        why = 'frozen'
+    elif parameter.numel() < pthres:
+        why = f'smaller than {pthres}'
+    else:
+        why = None
+    return name, why
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
