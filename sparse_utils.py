@@ -386,7 +386,7 @@ def _named(patterns, names, seen):
 def _check_plain(name, layer):
     """Raise ValueError unless the layer computes with its own parameter `weight`, or so that zeros of it stay zeros."""
     if 'weight' in layer._parameters:
-        if type(layer).forward in _FORWARDS or _keeps_zeros(layer):
+        if type(layer).forward in _FORWARDS or keeps_zeros(layer):
             return
         how = f'is computed anew by {type(layer).__name__}.forward'
     elif parametrize.is_parametrized(layer, 'weight'):
@@ -421,8 +421,8 @@ def _kernel(layer):
     return next((kernel for kernel in kernels if kernel.numel() == weight.numel()), None)
 
 
-def _keeps_zeros(layer):
-    """Whether what the layer computes with is zero where its weight is."""
+def keeps_zeros(layer: nn.Module) -> bool:
+    """Whether what a convolution or linear layer computes with is zero where its weight is; True where that cannot be tried."""
     plain = layer.weight
     if plain.is_meta:
         return True

@@ -15,8 +15,8 @@ call step() after changes by hand there. Further differences from NNI's code:
 - with a filter its bias goes, and the scale and shift of the batch norm that follows, so that the filter's output is zero;
 - the momentum of a pruned weight is cleared, or it would come back;
 - what is pruned stays pruned: masks that are made again, or loaded, can only grow;
-- an entry of the config list that is misspelt, contradicts itself or matches nothing is a ValueError, not a warning; `exclude`
-  works in every pruner; the sparsity may be 0. So is a layer whose weight cannot hold zeros, as it is computed from others;
+- an entry of the config list that is misspelt, contradicts itself or matches nothing is a ValueError, not a warning, and so is
+  a layer that computes its weight from others; `exclude` works in every pruner; the sparsity may be 0;
 - filters are those of all convolutions, transposed ones and subclasses too. Those that end in one residual stream can only be
   removed together: see decide_together().
 

@@ -94,7 +94,8 @@ class PruneWrapper:
 
     From construction on each chosen convolution has buffers `group` [num_groups, out_channels] and bool `mask` [out, in, 1, 1],
     so that a group-learned state dict loads before initialize(); one without masks resets them. Raises ValueError for settings
-    that cannot work, and for a model that cannot be traced.
+    that cannot work, and for a model that cannot be traced. Between optimizer.step() and after_step() momentum and weight decay
+    may have moved pruned weights, as in the authors' code.
     """
 
     def __init__(

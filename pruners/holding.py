@@ -12,7 +12,8 @@ code a Hold does nothing before the module runs, as the optimizer's step has don
 
 A change that autograd does not count, as `weight.data.copy_(...)` is one, cannot be seen before the module runs. So a module
 that no optimizer has stepped on yet, and any in eval mode, is multiplied before each run; a training step with an optimizer
-compares version numbers only.
+compares version numbers only. A module that never runs itself, as the output layer of nn.MultiheadAttention, is held by steps
+and state_dicts alone.
 """
 
 import weakref
