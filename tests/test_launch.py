@@ -287,7 +287,7 @@ def imported():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == 'pytest.importorskip':
-                names = [node.args[0].value]
+                names = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else []
             found |= {name.split('.')[0]: str(path.relative_to(ROOT)) for name in names}
     return found
 

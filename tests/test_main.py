@@ -201,7 +201,7 @@ BAD = [
     (['--config=nowhere.yaml'], 2, 'cannot read the config nowhere.yaml'),
     (['--row=dense'], 2, 'give the table with --config'),
     (['--t1=80'], 1, 'not before epoch 80'),
-    (['--width=3', '--model=vgg16'], 1, 'has no width option'),
+    (['--width=3', '--model=densenet'], 1, 'has no width option'),
     (['--device=cuda:99'], 1, 'there is no device cuda:99'),
     (['--device=potato'], 1, 'potato'),
     (['--no-download', '--data-dir=nowhere'], 1, '--no-download'),
