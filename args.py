@@ -51,7 +51,7 @@ def common_parser():
     add(
         '--model',
         default='resnet20',
-        help=f'network of archs/: {", ".join(archs.names())}, and any wrn<depth>_<k> (default: %(default)s)',
+        help=f'network of archs/: {", ".join(archs.names())}, and any wrn<depth>_<k>[_nobias] (default: %(default)s)',
     )
     text = 'channels of the first stage of a CIFAR ResNet (default: 32; He et al. have 16), a wide ResNet (16k) or a VGG (64)'
     add('--width', type=positive, help=text)

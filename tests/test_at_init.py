@@ -70,10 +70,11 @@ def test_snip_ranks_all_layers_together_and_no_biases(tmp_path):
     assert abs(shares[0] - shares[1]) > 0.02
 
 
-def test_snip_trains_the_weights_that_it_ranked(tmp_path):
-    """The authors' code ranks one draw of the weights and trains another."""
+@pytest.mark.parametrize('name', ['snip', 'grasp'])
+def test_the_weights_that_are_ranked_are_trained(name, tmp_path):
+    """SNIP's authors rank one draw of the weights and train another; GraSP's draw linear layers anew for ranking alone."""
     model, before = small(), small()
-    method, _ = scored('snip', model, tmp_path, '--ptarget=0.5')
+    method, _ = scored(name, model, tmp_path, '--ptarget=0.5')
     for layer, other, mask in zip((model[0], model[4]), (before[0], before[4]), method.masks().values(), strict=True):
         assert torch.equal(layer.weight, other.weight * mask)
 

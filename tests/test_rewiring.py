@@ -160,6 +160,15 @@ def test_rigl_never_drops_an_inactive_weight():
     assert new.sum() == 20 and new[:20].sum() == 15 and new[35:].all()
 
 
+def test_rigl_replaces_its_share_in_nearly_dense_layers_too():
+    """A port caps k there by the number of inactive weights; here what has just been dropped may grow as well."""
+    mask = torch.ones(10, dtype=torch.bool)
+    mask[9] = False
+    weight = torch.where(mask, torch.arange(10.0) + 1, 0)
+    gradient = torch.tensor([0.1, 0.9, 0.2, 0, 0, 0, 0, 0, 0, 0.8])
+    assert (~rigl.rewire(weight, mask, gradient, 3)).nonzero().tolist() == [[0]]  # 0, 1, 2 go; 1, 9 and 2 grow
+
+
 def rigl_at(step, *words, ptarget=0.8):
     """RigL on small(), stopped before a step -> method, fit."""
     method, fit = method_on(small(), 'rigl', f'--ptarget={ptarget}', '--frequency=4', *words)
