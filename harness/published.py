@@ -147,7 +147,8 @@ def verify(argv=None):
             about = read_published(path)[1]
             loader = None
             if args.data_dir is not None:
-                settings = {name: about['args'][name] for name in ('dataset', 'mean', 'std', 'batch_size')}
+                shown = ('dataset', 'mean', 'std', 'per_image', 'batch_size')
+                settings = {name: about['args'].get(name) for name in shown}
                 key = json.dumps(settings)
                 loader = loaders[key] = loaders.get(key) or test_images(args, about, device)
             about, claims = check(path, loader, device)
