@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from pruners.momentum import MOMENTUM
 from sparse_utils import attach, bake, global_threshold, layers_to_prune
 
 from . import Method as Base
@@ -174,7 +175,7 @@ class Masking(Base):
         """Zero the pruned weights, and what the optimizer remembers of them."""
         self.apply(self.weights.values())
         if self.fit is not None:
-            for key in ('momentum_buffer', 'exp_avg', 'exp_avg_sq'):  # of SGD and of Adam
+            for key in (*MOMENTUM, 'exp_avg_sq'):
                 self.apply([self.fit.optimizer.state.get(weight, {}).get(key) for weight in self.weights.values()])
 
     def after_backward(self, step, batch):

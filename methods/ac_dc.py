@@ -12,6 +12,8 @@ Deviations: exact counts (the authors keep one weight too few); in runs too shor
 
 import torch
 
+from pruners.momentum import momenta
+
 from ._flags import fraction
 from ._masks import Masking, add_scope_flag, magnitude_masks
 
@@ -57,7 +59,7 @@ class Method(Masking):
 
     def decompress(self):
         self.set_masks({name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()})
-        for state in self.fit.optimizer.state.values():  # of all parameters, batch norms included
-            for key in ('momentum_buffer', 'exp_avg'):
-                if state.get(key) is not None:
-                    state[key].zero_()
+        optimizer = self.fit.optimizer
+        for parameter in optimizer.state:  # all of them, batch norms included
+            for momentum in momenta(optimizer, parameter):
+                momentum.zero_()

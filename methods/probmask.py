@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pruners.momentum import MOMENTUM
 from sparse_utils import attach, bake, layers_to_prune
 
 from . import Method as Base
@@ -210,7 +211,7 @@ class Method(Base):
             project(self.scores, self.keep * self.total)
         else:
             self.apply_masks(self.weights)
-            for key in ('momentum_buffer', 'exp_avg'):  # of SGD, of Adam
+            for key in MOMENTUM:
                 self.apply_masks([self.fit.optimizer.state[weight].get(key) for weight in self.weights])
 
     @torch.no_grad()
