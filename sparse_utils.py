@@ -18,6 +18,7 @@ Sparsity is the fraction of weights that are exactly zero, never the density. MA
 
 import contextlib
 import fnmatch
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -95,6 +96,9 @@ class _Feather(torch.autograd.Function):
             return grad, None, None, None
         (sparse,) = ctx.saved_tensors
         return grad * gradient_mask(sparse, ctx.theta), None, None, None
+
+
+_Feather.forward.__signature__ = inspect.signature(_Feather.forward)  # autograd asks for it in each call: found once
 
 
 def feather(weight: torch.Tensor, threshold: torch.Tensor | float, p: float = 3, theta: float = 1.0) -> torch.Tensor:

@@ -116,7 +116,7 @@ def test_every_module_at_the_root_has_a_layer():
 def test_third_parties_of_the_library():
     """What people copy or import needs torch and few others; sparse_utils needs torch and the standard library."""
     allowed = {
-        'sparse_utils': {'torch', 'collections', 'contextlib', 'fnmatch', 'math', 'warnings'},
+        'sparse_utils': {'torch', 'collections', 'contextlib', 'fnmatch', 'inspect', 'math', 'warnings'},
         'deploy': None,
         'pruners': None,
         'methods': None,
