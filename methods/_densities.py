@@ -21,7 +21,7 @@ def kernel_ratio(shape):
 def erk(shapes, kept, dense=()):
     """{name: shape} -> {name: density} by ERK, `kept` weights in all.
 
-    While eps p_l is above 1 somewhere, the layers of largest p_l become dense. dense: names of layers that are so from the start.
+    While eps p_l is above 1 somewhere, the layers of largest p_l become dense. dense: names of those that are so at first.
     """
     dense = {*dense}
     while True:

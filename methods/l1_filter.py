@@ -15,7 +15,7 @@ from ._one_shot import OneShot
 
 
 class L1FilterPruner(FilterPruner):
-    """L1FilterPruner(model, config_list, optimizer=None); config keys sparsity, op_types (of convolutions), op_names, exclude."""
+    """L1FilterPruner(model, config_list, optimizer=None); config keys sparsity, op_types (convolutions), op_names, exclude."""
 
     @staticmethod
     def score(weight: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ._one_shot import OneShot
 
 
 class L2FilterPruner(FilterPruner):
-    """L2FilterPruner(model, config_list, optimizer=None); config keys sparsity, op_types (of convolutions), op_names, exclude."""
+    """L2FilterPruner(model, config_list, optimizer=None); config keys sparsity, op_types (convolutions), op_names, exclude."""
 
     @staticmethod
     def score(weight: torch.Tensor) -> torch.Tensor:

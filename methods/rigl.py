@@ -5,8 +5,8 @@ f(t) = alpha / 2 (1 + cos(pi t / T_end))                          the share that
 drop the k = int(f nnz) weights of smallest magnitude; grow the k of largest |g| among all weights that are inactive then
 g is the dense gradient of the batch's cross-entropy, at the masked weights. A weight dropped and grown in the same update
 keeps its value and momentum, other new ones start at 0 without. The update takes the place of that batch's optimizer step.
-A layer's number of weights never changes, so round(s n) of all n are zero (and what grew but had no gradient since, if there are
-dead units). Defaults of the paper: alpha 0.3, dt 100, T_end 3/4 of training (25k of 32k steps on ImageNet, 75k of 97.7k on
+A layer's number of weights never changes, so round(s n) of all n are zero (and what grew but had no gradient since, if there
+are dead units). Defaults of the paper: alpha 0.3, dt 100, T_end 3/4 of training (25k of 32k steps on ImageNet, 75k of 97.7k on
 CIFAR-10).
 
 Deviations from the authors' code: no noise in the ranking, for which inactive weights never stand; the count is exact in total,

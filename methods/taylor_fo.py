@@ -4,9 +4,10 @@ least important filters go.
 
 Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, arXiv 1906.10771, section 3.1. g is the
 gradient that the optimizer's step is about to use and w the weight before that step (NNI took the weight after it). Without an
-optimizer every backward pass is a batch; with a GradScaler give the optimizer, so that the scale is known. global_sort=True ranks the filters of all layers together, as the paper does: the
-sparsity is then a share of the weights, as in NNI 2.4, and each layer keeps a filter. Deviations: the paper has variants on
-batch norm scales and on gates, and prunes in many small steps; here it is once.
+optimizer every backward pass is a batch; with a GradScaler give the optimizer, so that the scale is known. global_sort=True
+ranks the filters of all layers together, as the paper does: the sparsity is then a share of the weights, as in NNI 2.4, and
+each layer keeps a filter. Deviations: the paper has variants on batch norm scales and on gates, and prunes in many small
+steps; here it is once.
 """
 
 from functools import partial

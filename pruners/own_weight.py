@@ -11,8 +11,8 @@ OTHER_NAMES = ('weight_orig', 'weight_g')  # of what torch.nn.utils.prune, spect
 def why_not_own(layer: nn.Module) -> str | None:
     """The reason why `weight` of a layer cannot be pruned, as the end of a sentence, or None where it can.
 
-    Weights that parametrizations, weight_norm, spectral_norm or torch.nn.utils.prune compute are made anew in each forward pass;
-    a layer such as timm's ScaledStdConv2d computes with something else than its weight.
+    Weights that parametrizations, weight_norm, spectral_norm or torch.nn.utils.prune compute are made anew in each forward
+    pass; a layer such as timm's ScaledStdConv2d computes with something else than its weight.
     """
     if parametrize.is_parametrized(layer, 'weight'):
         return 'computes its weight by torch.nn.utils.parametrize: make it a plain layer first, or exclude it'

@@ -54,7 +54,7 @@ def main_in_child(words, output, environment, before):
 
 
 def start_main(words, output, environment=None, before=None):
-    """main.py as a process of its own, begun in a tenth of a second -> multiprocessing.Process; what it prints goes to `output`.
+    """main.py as a process of its own, begun at once -> multiprocessing.Process; what it prints goes to `output`.
 
     It is forked from a clean process that has imported torch and the rest once. before() is called in it first.
     """

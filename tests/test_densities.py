@@ -1,4 +1,4 @@
-"""Layer densities against numbers worked out by hand, counts that add up exactly, and masks by magnitude that do not need memory."""
+"""Layer densities against numbers worked out by hand, counts that add up exactly, masks by magnitude without memory."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_erk_of_lenet_by_hand():
     densities = erk(LENET, 26620)  # s = 0.9
     assert densities == pytest.approx({'fc1': 0.0795678, 'fc2': 0.230189, 'fc3': 1}, abs=1e-6)
     counts = kept_counts(LENET, 0.9, 'erk')
-    # 18714.35, 6905.65 and 1000: rounded down 18714 + 6905 + 1000 = 26619; the one left goes to fc2. RigL keeps 18715, 6906, 1000
+    # 18714.35, 6905.65 and 1000: rounded down they are 26619 in all; the one left goes to fc2. RigL keeps 18715, 6906, 1000
     assert counts == {'fc1': 18714, 'fc2': 6906, 'fc3': 1000} and sum(counts.values()) == 26620
     assert [n - math.floor((1 - densities[name]) * n) for name, n in (('fc1', 235200), ('fc2', 30000))] == [18715, 6906]
 

@@ -1,4 +1,4 @@
-"""Files that an earlier commit wrote: they load with today's code, and their networks give what they gave (fixtures/7e1127b/README.md)."""
+"""Files that an earlier commit wrote load with today's code, and their networks give what they gave (fixtures/7e1127b)."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SAID = torch.load(OLD / 'outputs.pt', weights_only=True)
 
 
 def assert_gives_what_it_gave(network, name):
-    """Equal to the bit on the processor that wrote them; with the kernels of others they differ by up to 8e-7 of the largest."""
+    """Equal to the bit on the processor that wrote them; with other kernels they differ by up to 8e-7 of the largest."""
     with torch.no_grad():
         outputs = network.eval()(SAID['images'])
     torch.testing.assert_close(outputs, SAID[name], rtol=0, atol=3e-6 * float(SAID[name].abs().max()))

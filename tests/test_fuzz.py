@@ -1,4 +1,4 @@
-"""Random input from hypothesis: arguments, tables, weight files, data files. Whatever comes, it is taken or refused in a sentence.
+"""Random input from hypothesis: arguments, tables, weight files, data files. All is taken or refused in a sentence.
 
 HYPOTHESIS_PROFILE=long ./launch tests tests/test_fuzz.py      twenty times as many examples
 """

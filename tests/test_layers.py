@@ -75,7 +75,7 @@ def faults(modules):
 
 
 def circle(modules):
-    """A list of modules that import one another in a circle, or None. A folder's __init__ counts only for who imports names of it."""
+    """Modules that import one another in a circle, or None. A folder's __init__ counts for who imports names of it."""
     graph = {
         name: {target for target, _ in imports(name, text, modules) if target in modules} for name, text in modules.items()
     }
@@ -176,6 +176,6 @@ main.parse(['--dataset=digits'])
 
 
 def test_what_is_imported_only_when_it_is_needed():
-    """archs and data import torchvision and scikit-learn when asked for their networks and images; main.py runs without torchvision."""
+    """archs and data import torchvision and scikit-learn when asked for what needs them; main.py runs without."""
     done = subprocess.run([sys.executable, '-c', LATE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -54,7 +54,7 @@ def test_the_pruners_that_can_be_imported_are_those_of_the_files():
 
 @pytest.fixture(scope='module', params=NAMES)
 def run(request, tmp_path_factory):
-    """One short run of each method, which the tests below share: its words, folder, result, state, and what kills would leave."""
+    """One short run of each method, shared by the tests below: its words, folder, result, state, what kills would leave."""
     name = request.param
     epochs = 1 if any('finetune' in word for word in QUICK.get(name, [])) else 2  # more stages come behind
     words = [f'--method={name}', '--ptarget=0.8', f'--epochs={epochs}', *QUICK.get(name, []), '--seed=7']

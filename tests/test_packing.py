@@ -427,7 +427,7 @@ def test_measured_packing_keeps_outputs_and_says_what_it_chose():
 
 
 def made_up_times(monkeypatch, ways, networks):
-    """Measuring a layer's ways gives ways(number); measuring the last networks, of which the last is dense, gives `networks`."""
+    """Measuring a layer's ways gives ways(number); measuring the last networks, the last one dense, gives `networks`."""
 
     def measure(functions, device, seconds=None, most=None):
         if seconds is None:

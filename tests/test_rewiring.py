@@ -151,7 +151,7 @@ def test_rigl_update_by_hand():
 
 
 def test_rigl_never_drops_an_inactive_weight():
-    """The released code ranks with noise and with inactive weights among the others: active weights of nearly zero are level with them."""
+    """The released code ranks with noise, inactive weights among the others: active weights near zero are level with them."""
     mask = torch.zeros(40, dtype=torch.bool)
     mask[:20] = True
     weight = torch.where(mask, 1e-9, 0.0)
