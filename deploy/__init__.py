@@ -4,6 +4,7 @@ from deploy import shrink, pack, save, load
 small = shrink(model, example_input)
 """
 
+from .engine import sparse_compile
 from .formats import read, write_onnx, write_pt2, write_torchscript
 from .latency import gains, measure_latency
 from .network_file import load, save
@@ -21,6 +22,7 @@ __all__ = [
     'rebuild_optimizer',
     'save',
     'shrink',
+    'sparse_compile',
     'write_onnx',
     'write_pt2',
     'write_torchscript',

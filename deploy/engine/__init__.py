@@ -1,0 +1,13 @@
+"""The sparse engine: networks whose zeros save time, on a CPU.
+
+kernels.cpp   what runs, in C++; build.py compiles and loads it
+graph.py      the network as torch.export reads it
+lower.py      its operations as steps of the engine
+plan.py       buffers, prepared weights and measured choices for one input shape
+compile.py    sparse_compile, what a user calls
+reference.py  the plain loops in float64
+"""
+
+from .compile import SparseNetwork, sparse_compile
+
+__all__ = ['SparseNetwork', 'sparse_compile']

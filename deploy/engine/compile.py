@@ -1,0 +1,153 @@
+"""sparse_compile: a network that computes with its non-zero weights alone, on a CPU."""
+
+import copy
+import threading
+import time
+
+import torch
+from torch import nn
+
+from ..outputs import eval_mode
+from . import build
+from .graph import Graph, GraphError
+from .plan import Plan
+
+PLANS = 16  # input shapes that are kept
+ROUNDS = 8  # of the network and PyTorch in turn, to choose between them
+SHARE = 1e-5  # of the largest output: how far the engine may be away from PyTorch
+
+
+def sparse_compile(model, example_input, threads=None):
+    """A module with the outputs of `model` in eval mode that computes with the non-zero weights alone.
+
+    example_input: a tensor, or a tuple of tensors. threads: of the CPU (default: torch.get_num_threads() at each call). Other batch and
+    image sizes make their own plan when they first come. The weights are copied: later changes of `model` do not show.
+    Raises build.CompilerError without a C++ compiler, and ValueError for a network or an input that is not float32 on the CPU.
+    """
+    return SparseNetwork(model, example_input, threads)
+
+
+class SparseNetwork(nn.Module):
+    """What sparse_compile returns. report() says layer by layer what runs how."""
+
+    def __init__(self, model, example_input, threads=None, measure=True):
+        super().__init__()
+        inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and (tensor.dtype != torch.float32 or tensor.device.type != 'cpu'):
+                raise ValueError(
+                    f'the sparse engine runs float32 networks on the CPU: {name} is {tensor.dtype} on {tensor.device}; '
+                    'call .float().cpu() first'
+                )
+        self.threads = threads
+        self.measure = measure
+        build.library()
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._plans = {}  # by number of threads and input shapes: a Plan, or why PyTorch runs all of the network
+        self._graphs = []
+        self._lock = threading.Lock()
+        self._check(inputs)
+        with torch.no_grad():
+            self._plan(inputs)
+
+    def train(self, mode=True):
+        """The network stays in eval mode."""
+        return self
+
+    def _check(self, inputs):
+        for number, value in enumerate(inputs):
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.device.type != 'cpu':
+                kind = f'{value.dtype} on {value.device}' if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ValueError(f'the sparse engine takes float32 tensors on the CPU, but input {number} is {kind}')
+
+    @torch.no_grad()
+    def forward(self, *inputs):
+        self._check(inputs)
+        if any(value.numel() == 0 for value in inputs):
+            return self.model(*inputs)
+        with self._lock:
+            plan = self._plan(inputs)
+            result = plan.run(inputs) if isinstance(plan, Plan) else None
+        return self.model(*inputs) if result is None else result
+
+    def _plan(self, inputs):
+        """The plan for inputs of these shapes, or a sentence where PyTorch is faster or the network cannot be read."""
+        threads = self.threads or torch.get_num_threads()
+        key = threads, *(tuple(value.shape) for value in inputs)
+        if key not in self._plans:
+            while len(self._plans) >= PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = self._make_plan(inputs, threads)
+        return self._plans[key]
+
+    def _make_plan(self, inputs, threads):
+        expected = self.model(*inputs)  # an input that the network refuses is refused here, in its own words
+        shapes = [value.shape for value in inputs]
+        try:
+            graph = next((graph for graph in self._graphs if graph.takes(shapes)), None)
+            if graph is None:
+                graph = Graph(self.model, inputs)
+                if not graph.takes(shapes):  # an axis of size 1 was read as 2
+                    raise GraphError(f'{type(self.model).__name__} cannot be read for inputs of the shapes {shapes}')
+                self._graphs.append(graph)
+            plan = Plan(graph, inputs, threads, self.measure)
+            result = plan.run(inputs)
+        except GraphError as error:
+            return str(error)
+        if result is not None and not _close(result, expected):
+            return 'the outputs of the engine differ from those of PyTorch'
+        if self.measure and self._is_slower(plan, inputs):
+            return 'PyTorch is faster'
+        return plan
+
+    def _is_slower(self, plan, inputs):
+        """Whether PyTorch runs the network faster: the best of rounds in turn, which other programs disturb least."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(plan.threads)
+        best = {'plan': float('inf'), 'model': float('inf')}
+        try:
+            for _ in range(ROUNDS):
+                for name, function in (('plan', lambda: plan.run(inputs)), ('model', lambda: self.model(*inputs))):
+                    began = time.perf_counter()
+                    function()
+                    best[name] = min(best[name], time.perf_counter() - began)
+        finally:
+            torch.set_num_threads(before)
+        return best['plan'] > best['model']
+
+    @torch.no_grad()
+    def report(self, *inputs):
+        """One record a layer or operation: name, zeros, weights, kernel, milliseconds. inputs: default, random ones of the first shape."""
+        shape = None
+        if not inputs:
+            shape = next(iter(self._plans))[1:]
+            inputs = tuple(torch.rand(size) for size in shape)
+        self._check(inputs)
+        with self._lock:
+            plan = self._plan(inputs)
+            if not isinstance(plan, Plan):
+                return [{'name': 'the whole network', 'zeros': 0, 'weights': 0, 'kernel': f'PyTorch: {plan}', 'ms': None}]
+            best = {}
+            for _ in range(5):
+                times = {}
+                plan.run(inputs, times)
+                best = {key: min(value, best.get(key, value)) for key, value in times.items()}
+        records = []
+        for work in plan.works:
+            is_layer = work.weight is not None and work.step.kind in (build.CONV, build.LINEAR)
+            weights = work.weight.numel() if is_layer else 0
+            zeros = weights - int(work.weight.count_nonzero()) if is_layer else 0
+            record = {'name': work.name, 'zeros': zeros, 'weights': weights, 'kernel': plan.label(work)}
+            records.append(record | {'ms': best.get(id(work), 0) / 1e6})
+        return records
+
+
+def _close(result, expected):
+    """Whether two nestings of tensors agree to SHARE of the largest number (ten times that: both round in float32)."""
+    results, others = (torch.utils._pytree.tree_leaves(value) for value in (result, expected))
+    for one, other in zip(results, others, strict=True):
+        if isinstance(one, torch.Tensor) and one.is_floating_point():
+            scale = other.abs().max().item() if other.numel() else 0.0
+            if one.shape != other.shape or not (one - other).abs().max().item() <= 10 * SHARE * scale + 1e-30:
+                return False
+    return True

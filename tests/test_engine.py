@@ -1,0 +1,342 @@
+"""The sparse engine: kernels against the plain loop in float64, networks against PyTorch in float64."""
+
+import copy
+import ctypes
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT
+from torch import nn
+
+import archs
+from deploy import sparse_compile
+from deploy.engine import SparseNetwork, build, plan, reference
+
+KERNELS = {
+    'rows': {},
+    'small blocks': {'block_bytes': 1},
+    'few vectors': {'vectors': 2},
+    'shifted': {'shifted': 1},
+    'shifted, three vectors, blocks': {'shifted': 1, 'vectors': 3, 'block_bytes': 4096},
+    'dense': {'dense': 1, 'vectors': 6},
+    'dense, shifted, blocks': {'dense': 1, 'shifted': 1, 'vectors': 2, 'block_bytes': 4096},
+    'chunks': {'chunks': 3},
+}
+# images, channels, height, width, filters, kernel, stride, padding, dilation, groups
+GEOMETRIES = [
+    (1, 3, 8, 8, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (2, 4, 32, 32, 6, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (1, 2, 14, 14, 3, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    (3, 4, 7, 7, 4, (1, 1), (2, 2), (0, 0), (1, 1), 1),
+    (5, 3, 2, 2, 9, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (1, 3, 40, 37, 2, (7, 7), (2, 2), (3, 3), (1, 1), 1),
+    (1, 6, 11, 13, 6, (3, 3), (1, 1), (1, 1), (1, 1), 6),
+    (2, 6, 9, 10, 4, (3, 2), (1, 3), (2, 0), (2, 1), 2),
+    (1, 2, 5, 300, 3, (1, 5), (1, 2), (0, 4), (1, 3), 1),
+    (1, 1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    (2, 3, 6, 5, 4, (5, 5), (3, 3), (2, 2), (1, 1), 1),
+]
+
+
+def buffer(values):
+    """(floats with the engine's slack around, address of the first value)."""
+    memory = torch.full([values.numel() + 2 * build.SLACK], 7.0)
+    memory[build.SLACK : build.SLACK + values.numel()] = values.flatten()
+    return memory, memory.data_ptr() + 4 * build.SLACK
+
+
+def run_convolution(image, weight, bias, residual, geometry, **choices):
+    """relu(convolution + residual) by the kernels of kernels.cpp."""
+    images, channels, height, width, filters, kernel, stride, padding, dilation, groups = geometry
+    fields = {'images': images, 'channels': channels, 'height': height, 'width': width, 'filters': filters, 'groups': groups}
+    for axis, letter in enumerate('hw'):
+        pairs = {'kernel': kernel, 'stride': stride, 'pad': padding, 'dilation': dilation}
+        fields |= {f'{name}_{letter}': pair[axis] for name, pair in pairs.items()}
+    out_height, out_width = residual.shape[2:]
+    choices = {'vectors': 14, 'block_bytes': 1 << 15, 'chunks': 1} | choices
+    step = build.Step(kind=build.CONV, low=0.0, high=math.inf, out_height=out_height, out_width=out_width, **fields | choices)
+    step.weight, step.bias = weight.data_ptr(), bias.data_ptr()
+    held = [buffer(tensor) for tensor in (image, torch.zeros_like(residual), residual)]
+    pointers = (ctypes.c_void_p * 3)(*(address for _, address in held))
+    size = filters * out_height * out_width
+    step.source, step.target = build.Place(0, 0, channels * height * width), build.Place(1, 0, size)
+    step.other = build.Place(2, 0, size)
+    kernels = build.library()
+    step.prepared = kernels.conv_prepare(ctypes.byref(step))
+    assert kernels.engine_run(ctypes.byref(step), 1, pointers, choices['chunks'], None) == 0
+    kernels.conv_free(step.prepared)
+    around = torch.cat([held[1][0][: build.SLACK], held[1][0][-build.SLACK :]])
+    assert bool((around == 7).all()), 'written outside of the output'
+    return held[1][0][build.SLACK : -build.SLACK].view(residual.shape)
+
+
+@pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
+def test_convolution_is_the_plain_loop(geometry):
+    images, channels, height, width, filters, kernel, stride, padding, dilation, groups = geometry
+    torch.manual_seed(0)
+    image, bias = torch.randn(images, channels, height, width), torch.randn(filters)
+    weight = torch.randn(filters, channels // groups, *kernel) * (torch.rand(filters, channels // groups, *kernel) < 0.4)
+    weight[0] = 0  # a filter without weights
+    expected = reference.convolution(image, weight, bias, stride, padding, dilation, groups)
+    torch_says = F.conv2d(image.double(), weight.double(), bias.double(), stride, padding, dilation, groups)
+    torch.testing.assert_close(expected, torch_says)
+    residual = torch.randn(expected.shape)
+    expected = (expected + residual).clamp(min=0)
+    for name, choices in KERNELS.items():
+        found = run_convolution(image, weight, bias, residual, geometry, **choices)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1), name
+
+
+def test_convolution_spelled_out():
+    image = torch.tensor([[[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]])
+    weight = torch.tensor(
+        [[[[0.0, 0.0, 0.0], [10.0, 0.0, 1.0], [0.0, 0.0, 0.0]]]]
+    )  # ten times the left, once the right neighbour
+    bias, residual = torch.tensor([100.0]), torch.tensor([[[[0.0, 0.0, -999.0], [0.5, 0.0, 0.0]]]])
+    geometry = (1, 1, 2, 3, 1, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    expected = torch.tensor([[[[102.0, 113.0, 0.0], [105.5, 146.0, 150.0]]]])
+    assert torch.equal(
+        reference.convolution(image, weight, bias, (1, 1), (1, 1), (1, 1), 1)[0, 0, 0],
+        expected.new_tensor([102, 113, 120]).double(),
+    )
+    for name, choices in KERNELS.items():
+        assert torch.equal(run_convolution(image, weight, bias, residual, geometry, **choices), expected), name
+
+
+def sparse(model, share=0.8, seed=0):
+    """The model in eval mode with zeros at random places, and batch norms that do something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv1d, nn.ConvTranspose2d, nn.Linear)):
+                module.weight.mul_(torch.rand(module.weight.shape, generator=generator) > share)
+            if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
+                for tensor in (module.weight, module.bias, module.running_mean):
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.3)
+                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_equal(network, model, *inputs):
+    """Within 1e-5 of the largest output of the float64 network, or twice PyTorch's own error."""
+    exact = copy.deepcopy(model).double()(*(value.double() for value in inputs))
+    scale = exact.abs().max()
+    allowed = max(1e-5 * scale, 2 * (model(*inputs) - exact).abs().max())
+    found = network(*inputs)
+    assert found.shape == exact.shape and found.dtype == torch.float32
+    assert (found - exact).abs().max() <= allowed
+
+
+def kernels_of(network):
+    return {record['name']: record['kernel'] for record in network.report()}
+
+
+def compiled(model, *inputs, threads=1):
+    """Built without measuring, so that the engine runs even where PyTorch is faster."""
+    return SparseNetwork(model, inputs, threads, measure=False)
+
+
+NETWORKS = {
+    'resnet20': (3, 32),
+    'mobilenet_v1': (3, 32),
+    'densenet': (3, 16),
+    'wrn10_1': (3, 16),
+    'lenet300_100': (1, 28),
+}
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_networks_of_archs(name):
+    channels, size = NETWORKS[name]
+    torch.manual_seed(0)
+    model = sparse(archs.build(name, 10, 8 if name == 'resnet20' else None, channels, size))
+    network = compiled(model, torch.randn(1, channels, size, size))
+    assert not any('PyTorch' in kernel for kernel in kernels_of(network).values())
+    for batch in (1, 3, 9):
+        assert_equal(network, model, torch.randn(batch, channels, size, size))
+    if name == 'resnet20':
+        assert_equal(network, model, torch.randn(2, channels, size + 5, size + 2))
+        network.threads = 3
+        assert_equal(network, model, torch.randn(2, channels, size, size))
+
+
+class Everything(nn.Module):
+    """One of each operation that the engine knows, and some that it does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.reflect = nn.Conv2d(3, 8, 3, padding=1, padding_mode='reflect')
+        self.circular = nn.Conv2d(8, 8, 3, padding=1, padding_mode='circular')
+        self.same = nn.Conv2d(8, 8, 4, padding='same')
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+        self.squeeze = nn.Conv2d(8, 4, 1)
+        self.excite = nn.Conv2d(4, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1, groups=2)
+        self.tokens = nn.Linear(14, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.leaky_relu(self.reflect(x), 0.1)
+        x = F.silu(self.circular(x))
+        x = F.gelu(self.same(x)) + x
+        x = F.hardswish(self.depthwise(x))
+        scale = torch.sigmoid(self.excite(F.relu6(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        x = F.elu(self.norm(x * scale))
+        x = torch.cat([x, F.max_pool2d(x, 3, 1, 1), F.avg_pool2d(x, 3, 1, 1)], 1)[:, 4:12]
+        x = torch.cat([self.up(x), F.interpolate(x, scale_factor=2)], 1)
+        x = F.adaptive_avg_pool2d(x, (3, 3)) * F.adaptive_max_pool2d(x, 3)
+        x = F.hardsigmoid(self.tokens(x.flatten(2).transpose(1, 2)))
+        x = F.softplus(x) * torch.tanh(x)
+        return self.head(x.mean(1))
+
+
+def test_every_operation():
+    torch.manual_seed(0)
+    model = sparse(Everything(), 0.5)
+    network = compiled(model, torch.randn(2, 3, 12, 9))
+    kernels = kernels_of(network)
+    assert {name for name, kernel in kernels.items() if 'convolution' in kernel} >= {
+        'reflect',
+        'circular',
+        'same',
+        'depthwise',
+        'up',
+        'tokens',
+    }
+    assert any('PyTorch' in kernel for kernel in kernels.values())
+    for shape in ((2, 3, 12, 9), (1, 3, 12, 9), (4, 3, 15, 12)):
+        assert_equal(network, model, torch.randn(shape))
+
+
+def test_result_is_the_callers_own():
+    model = sparse(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()))
+    network = compiled(model, torch.randn(1, 2, 8, 8))
+    first = network(torch.ones(1, 2, 8, 8))
+    kept = first.clone()
+    network(torch.zeros(1, 2, 8, 8))
+    assert torch.equal(first, kept)
+
+
+def test_input_that_is_not_finite_runs_dense():
+    model = sparse(nn.Sequential(nn.Conv2d(2, 3, 3, bias=False)), 0.9)
+    network = compiled(model, torch.randn(1, 2, 8, 8))
+    image = torch.randn(1, 2, 8, 8)
+    image[0, 1, 7, 7] = math.inf
+    torch.testing.assert_close(network(image), model(image), equal_nan=True, rtol=0, atol=1e-5)
+    assert network(image).isnan().any()  # infinity times a zero weight
+
+
+def test_wrong_inputs_are_refused():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3))
+    network = compiled(model, torch.randn(1, 2, 8, 8))
+    with pytest.raises(ValueError, match='takes float32 tensors on the CPU, but input 0 is torch.float64 on cpu'):
+        network(torch.zeros(1, 2, 8, 8, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match='channels'):
+        network(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r'runs float32 networks on the CPU: 0.weight is torch.float64'):
+        sparse_compile(copy.deepcopy(model).double(), torch.randn(1, 2, 8, 8))
+    assert network(torch.zeros(0, 2, 8, 8)).shape == (0, 3, 6, 6)
+
+
+def test_network_that_torch_export_refuses_runs_in_pytorch():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.sum() > 0 else x
+
+    network = compiled(Branching(), torch.ones(2, 3))
+    assert torch.equal(network(torch.ones(2, 3)), torch.full([2, 3], 2.0))
+    assert 'torch.export cannot read Branching' in network.report()[0]['kernel']
+
+
+def test_later_changes_of_the_model_do_not_show():
+    model = nn.Sequential(nn.Linear(3, 2))
+    network = compiled(model, torch.ones(1, 3))
+    before = network(torch.ones(1, 3))
+    nn.init.zeros_(model[0].weight)
+    assert torch.equal(network(torch.ones(1, 3)), before)
+    assert not network.train().model.training
+
+
+def test_pytorchs_number_of_threads_is_obeyed():
+    network = compiled(nn.Sequential(nn.Linear(3, 2)), torch.ones(1, 3), threads=None)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            network(torch.ones(1, 3))
+    finally:
+        torch.set_num_threads(before)
+    assert {key[0] for key in network._plans} >= {1, 2}
+
+
+def test_two_callers_at_once():
+    model = sparse(archs.build('resnet20', 10, 4, 3, 8))
+    network = compiled(model, torch.randn(1, 3, 8, 8), threads=2)
+    images = [torch.randn(1, 3, 8, 8) for _ in range(20)]
+    expected = [network(image) for image in images]
+    found = {}
+
+    def work(start):
+        for number in range(start, 20, 2):
+            found[number] = network(images[number])
+
+    callers = [threading.Thread(target=work, args=(start,)) for start in (0, 1)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert all(torch.equal(found[number], expected[number]) for number in range(20))
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.delenv('CXX', raising=False)
+    with pytest.raises(build.CompilerError, match='needs a C\\+\\+ compiler once, and none was found: install g\\+\\+'):
+        build.compile_kernels()
+
+
+def test_measured_choices_give_the_same_outputs():
+    torch.manual_seed(0)
+    model = sparse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(800, 10)), 0.6)
+    network = sparse_compile(model, torch.randn(1, 3, 12, 12), threads=1)
+    assert_equal(network, model, torch.randn(1, 3, 12, 12))
+    assert plan._chosen
+
+
+def test_kernels_under_sanitizers(tmp_path):
+    """This file's tests of kernels and networks again, with the kernels built for address and undefined-behaviour checks."""
+    if os.environ.get('SPARSE_ENGINE_KERNELS'):
+        pytest.skip('already inside')
+    runtime = subprocess.run([*build.compiler(), '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip('the compiler has no libasan')
+    checked = build.compile_kernels(['-O1', '-fsanitize=address,undefined', '-fno-sanitize-recover=all'])
+    variables = {
+        'SPARSE_ENGINE_KERNELS': str(checked),
+        'LD_PRELOAD': runtime,
+        'ASAN_OPTIONS': 'detect_leaks=0',
+        'OMP_NUM_THREADS': '1',
+    }
+    command = [
+        sys.executable,
+        '-m',
+        'pytest',
+        '-q',
+        '-p',
+        'no:xdist',
+        __file__,
+        '-k',
+        'convolution or every_operation or resnet20',
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert ' passed' in done.stdout
