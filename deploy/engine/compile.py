@@ -7,7 +7,6 @@ import time
 import torch
 from torch import nn
 
-from ..outputs import eval_mode
 from . import build
 from .graph import Graph, GraphError
 from .plan import Plan
