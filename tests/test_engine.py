@@ -65,11 +65,12 @@ def run_convolution(image, weight, bias, residual, geometry, **choices):
     held = [buffer(tensor) for tensor in (image, torch.zeros_like(residual), residual)]
     pointers = (ctypes.c_void_p * 3)(*(address for _, address in held))
     size = filters * out_height * out_width
-    step.source, step.target = build.Place(0, 0, channels * height * width), build.Place(1, 0, size)
-    step.other = build.Place(2, 0, size)
+    plane = out_height * out_width
+    step.source = build.Place(0, 0, channels * height * width, height * width, width)
+    step.target, step.other = (build.Place(number, 0, size, plane, out_width) for number in (1, 2))
     kernels = build.library()
     step.prepared = kernels.conv_prepare(ctypes.byref(step))
-    assert kernels.engine_run(ctypes.byref(step), 1, pointers, choices['chunks'], None) == 0
+    assert kernels.engine_run(ctypes.byref(step), 1, pointers, choices['chunks'], None, None, 0) == 0
     kernels.conv_free(step.prepared)
     around = torch.cat([held[1][0][: build.SLACK], held[1][0][-build.SLACK :]])
     assert bool((around == 7).all()), 'written outside of the output'

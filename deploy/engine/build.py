@@ -15,8 +15,8 @@ SOURCE = Path(__file__).with_name('kernels.cpp')
 OPTIONS = ['-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-pthread', '-Wno-psabi']
 
 CLAMP, LEAKY, HARDSWISH, HARDSIGMOID, SIGMOID, SILU, GELU, TANH, ELU, GELU_TANH = range(10)  # enum Activation of kernels.cpp
-CONV, LINEAR, MAX_POOL, AVERAGE_POOL, MEAN, POINTWISE, PAD, SPREAD = range(8)  # enum Kind
-SLACK = 64  # floats around every buffer that the kernels may read
+CONV, LINEAR, MAX_POOL, AVERAGE_POOL, MEAN, POINTWISE, PAD, SPREAD, COPY, PHASES = range(10)  # enum Kind
+SLACK = 256  # floats around every buffer that the kernels may read
 
 
 class CompilerError(RuntimeError):
@@ -24,14 +24,14 @@ class CompilerError(RuntimeError):
 
 
 class Place(ctypes.Structure):
-    """Where a tensor lies: number of the buffer, floats before its first image, floats between two images."""
+    """Where a tensor lies: number of the buffer, floats before its first image, floats between two images, channels and rows."""
 
-    _fields_ = [('buffer', ctypes.c_int64), ('offset', ctypes.c_int64), ('image', ctypes.c_int64)]
+    _fields_ = [(name, ctypes.c_int64) for name in ('buffer', 'offset', 'image', 'plane', 'pitch')]
 
 
 INTEGERS = """images channels height width filters out_height out_width kernel_h kernel_w stride_h stride_w pad_h pad_w
 dilation_h dilation_w groups mode activation""".split()
-CHOICES = ['dense', 'shifted', 'direct', 'vectors', 'block_bytes', 'chunks']
+CHOICES = ['dense', 'shifted', 'direct', 'phases', 'vectors', 'block_bytes', 'chunks']
 
 
 class Step(ctypes.Structure):
@@ -42,7 +42,7 @@ class Step(ctypes.Structure):
         *((name, Place) for name in ('source', 'target', 'other')),
         *((name, ctypes.c_int64) for name in INTEGERS),
         *((name, ctypes.c_double) for name in ('low', 'high')),
-        *((name, ctypes.c_void_p) for name in ('weight', 'bias', 'rows', 'columns')),
+        *((name, ctypes.c_void_p) for name in ('weight', 'bias', 'mask', 'rows', 'columns')),
         *((name, ctypes.c_int64) for name in CHOICES),
         ('prepared', ctypes.c_void_p),
     ]
@@ -107,7 +107,8 @@ def library():
         prepare.argtypes = [ctypes.POINTER(Step)]
         prepare.restype = ctypes.c_void_p
         getattr(kernels, f'{name}_free').argtypes = [ctypes.c_void_p]
-    kernels.engine_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    run = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    kernels.engine_run.argtypes = run
     kernels.all_finite.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     kernels.peak.argtypes = [ctypes.c_int64, ctypes.c_void_p]
     for name in ('engine_run', 'all_finite', 'peak', 'lanes', 'step_size'):

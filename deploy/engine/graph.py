@@ -52,6 +52,7 @@ class Graph:
                 self.nodes.append(node)
         if names.buffers_to_mutate or names.user_inputs_to_mutate:
             raise GraphError(f'{type(model).__name__} changes its buffers or its input in eval mode')
+        self.gives_one = exported.call_spec.out_spec.is_leaf()
         self.fixed = [_fixed(node.meta['val'].shape) for node in self.inputs]
         self._make_functional()
 
@@ -80,7 +81,7 @@ class Graph:
 
     def build_output(self, values):
         """The network's output from the values of `outputs`."""
-        return pytree.tree_unflatten(values, self.exported.call_spec.out_spec)
+        return values[0] if self.gives_one else pytree.tree_unflatten(values, self.exported.call_spec.out_spec)
 
     def shapes(self, inputs):
         """{node: what it gives} for inputs like these, computed on the meta device; constants and what follows from them are real."""

@@ -1,8 +1,9 @@
 // Kernels of the sparse engine: a network is a list of steps over preallocated buffers, and engine_run() does all of them in one call.
 //
 // Plain C++17 with the vector extensions of GCC and Clang; AVX-512, AVX2, NEON and SSE come from the same text. All tensors are
-// float32, images x channels x height x width, the planes of one image one after the other; a step knows how many floats lie between two
-// images. Every buffer has SLACK readable floats before its first and after its last element.
+// float32, images x channels x height x width; a tensor knows how many floats lie between two images, planes and rows. Around a plane there
+// may be a border of zeros, the same for all tensors of one resolution, so that kernels read over the edge. Every buffer has SLACK readable
+// floats before and after all that.
 //
 // The heart is the convolution. Its plain loop, for one output (image n, filter f, row y, column x):
 //     sum = bias[f]
@@ -13,6 +14,9 @@
 // ("packed") so that the same kernel position of neighbouring outputs is contiguous: a weight is then a pair (offset, value), and
 //     tile[0 .. size) += value * packed[offset .. offset + size)
 // runs in vector registers, for all weights of a filter in that block. Stride, dilation, padding and groups exist in the packing alone.
+// Where input and output have the same size and border nothing needs to be packed ("direct"): a weight reads the input shifted, and a tile
+// is a stretch of the plane, with the border's columns in it; these are set to zero again by a mask. With strides the input is first split
+// into phases (a step of its own): plane (a, b) holds the pixels (y * stride_h + a, x * stride_w + b), and a weight reads one of them shifted.
 
 #include <atomic>
 #include <chrono>
@@ -42,7 +46,7 @@
 #define DENSE_VECTORS 3
 #endif
 #define DENSE_FILTERS 4
-#define SLACK 64          // floats around every buffer that may be read, never used
+#define SLACK 256         // floats around every buffer that may be read, never used
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // at any address
@@ -51,13 +55,15 @@ static inline vec load(const float *p) { return *(const loose *)p; }
 static inline void store(float *p, vec v) { *(loose *)p = v; }
 static inline vec all(float value) { return value - vec{}; }
 
-enum Kind { CONV = 0, LINEAR = 1, MAX_POOL = 2, AVERAGE_POOL = 3, MEAN = 4, POINTWISE = 5, PAD = 6, SPREAD = 7 };
+enum Kind { CONV = 0, LINEAR = 1, MAX_POOL = 2, AVERAGE_POOL = 3, MEAN = 4, POINTWISE = 5, PAD = 6, SPREAD = 7, COPY = 8, PHASES = 9 };
 enum Activation { CLAMP = 0, LEAKY = 1, HARDSWISH = 2, HARDSIGMOID = 3, SIGMOID = 4, SILU = 5, GELU = 6, TANH = 7, ELU = 8, GELU_TANH = 9 };
 
 struct Tensor {
     int64_t buffer;  // number of the buffer, -1: none
     int64_t offset;  // floats from the buffer's start to the first image
     int64_t image;   // floats between two images
+    int64_t plane;   // between two channels
+    int64_t pitch;   // between two rows
 };
 
 struct Step {  // mirrored by plan.py, all members 8 bytes wide
@@ -70,11 +76,13 @@ struct Step {  // mirrored by plan.py, all members 8 bytes wide
     double low, high;        // of CLAMP; low is the slope of LEAKY and alpha of ELU
     const float *weight;     // dense: filters x channels / groups x kernel_h x kernel_w; POINTWISE: scale of each channel, or null
     const float *bias;       // of each filter or channel, or null
+    const int32_t *mask;     // for a plane with a border: -1 at its pixels, 0 in the border, as long as its rows; null without border
     const int32_t *rows, *columns;  // PAD: the input row and column of each output row and column, -1: fill with low
     // choices, measured by plan.py
     int64_t dense;           // 1: multiply by zeros too
     int64_t shifted;         // 1: a copy of each row for every kernel column, so that loads are aligned
-    int64_t direct;          // 1: nothing is packed (1x1, stride 1)
+    int64_t direct;          // 1: nothing is packed
+    int64_t phases;          // planes of a channel of a direct convolution with strides: 1 or stride_h * stride_w; PHASES: so many
     int64_t vectors;         // at most so many vectors a tile
     int64_t block_bytes;     // inputs packed at a time
     int64_t chunks;          // filters are shared out in so many pieces
@@ -119,6 +127,24 @@ static inline void finish(float *out, const float *in, const float *residual, in
         } else {
             for (int64_t l = 0; l < n - i; l++) out[i + l] = v[l];
         }
+    }
+}
+
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef int32_t loose_ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+// The same for a stretch of a plane with a border, in whole vectors: what lies in the border becomes zero.
+static inline void finish_masked(float *out, const float *in, const float *residual, int64_t n, const int32_t *mask, const Step &s) {
+    const float low = s.low, high = s.high;
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec v = load(in + i);
+        if (residual) v += load(residual + i);
+        if (s.activation == CLAMP) {
+            v = clamp(v, low, high);
+        } else {
+            for (int l = 0; l < LANES; l++) v[l] = activate_one(v[l], s.activation, low, high);
+        }
+        store(out + i, (vec)((ints)v & *(const loose_ints *)(mask + i)));
     }
 }
 
@@ -216,6 +242,8 @@ struct Slot {         // one packed piece: rows of one channel, as one kernel co
 };
 
 struct Conv {
+    Step view;                                     // the step; a flat one has the whole plane as its one row
+    bool flat;
     int64_t tile_images, tile_rows, tile_columns;  // outputs of a tile; images lie side by side
     int64_t pitch;                                 // floats between two packed rows
     int64_t rows;                                  // packed rows of a slot
@@ -265,13 +293,29 @@ static void choose_tile(const Step &s, Conv &c) {
     c.slot_size = round_up(c.rows * c.pitch, LANES);
 }
 
+static int64_t floor_div(int64_t n, int64_t by) { return n >= 0 ? n / by : -ceil_div(-n, by); }
+
+// Where a weight of a direct convolution reads, from the output's place: `row` and `column` are those of the input for output 0, 0.
+static int64_t direct_offset(const Step &s, int64_t plane, int64_t row, int64_t column) {
+    const int64_t y = floor_div(row, s.stride_h), x = floor_div(column, s.stride_w);
+    if (s.phases > 1) plane += (row - y * s.stride_h) * s.stride_w + column - x * s.stride_w;
+    return plane * s.in.plane + y * s.in.pitch + x;
+}
+
 extern "C" void *conv_prepare(const Step *step) {
-    const Step &s = *step;
     Conv *conv = new Conv;
     Conv &c = *conv;
+    Step &s = c.view;
+    s = *step;
+    const bool pointwise = s.kernel_h * s.kernel_w * s.stride_h * s.stride_w == 1 && s.pad_h == 0 && s.pad_w == 0;
+    c.flat = !s.mode && (s.direct || (pointwise && s.in.pitch == s.out.pitch && (s.other.buffer < 0 || s.other.pitch == s.out.pitch)));
+    if (c.flat) {
+        s.width = s.out_width = s.out_height * s.out.pitch;
+        s.height = s.out_height = 1;
+    }
+    const int64_t planes = most(1, s.phases);  // of a channel
     choose_tile(s, c);
     const int64_t channels = s.channels / s.groups, filters = s.filters / s.groups, taps = s.kernel_h * s.kernel_w;
-    const int64_t plane = s.height * s.width;
     // slots of a channel: one for each row phase, times one for each kernel column (shifted) or column phase
     const int64_t copies = s.shifted ? s.kernel_w : least(s.stride_w, (s.kernel_w - 1) * s.dilation_w + 1);
     const int64_t phases = least(s.stride_h, (s.kernel_h - 1) * s.dilation_h + 1);
@@ -306,7 +350,7 @@ extern "C" void *conv_prepare(const Step *step) {
                     Slot &packed = c.slots[c.slot_start.back() + slot];
                     packed.used = most(packed.used, c.tile_rows + row / s.stride_h);
                     offset_of[(ch - first) * taps + t] =
-                        s.direct ? ch * plane : slot * c.slot_size + row / s.stride_h * c.pitch + shift;
+                        s.direct ? direct_offset(s, ch * planes, row - s.pad_h, column - s.pad_w) : slot * c.slot_size + row / s.stride_h * c.pitch + shift;
                 }
             }
             c.most_slots = most(c.most_slots, c.slots.size() - c.slot_start.back());
@@ -360,7 +404,7 @@ static void pack_slot(const Step &s, const Conv &c, const Slot &slot, const floa
     const int64_t left = least(columns, first >= 0 ? 0 : ceil_div(-first, s.stride_w));               // columns before the image
     const int64_t right = most(left, least(columns, first >= s.width ? 0 : (s.width - 1 - first) / s.stride_w + 1));  // first column behind it
     for (int64_t m = 0; m < images; m++) {
-        const float *plane = in + m * s.in.image + slot.channel * s.height * s.width;
+        const float *plane = in + m * s.in.image + slot.channel * s.in.plane;
         for (int64_t r = 0; r < slot.used; r++) {
             const int64_t y = (y0 + r) * s.stride_h + slot.row;
             float *row = packed + r * c.pitch + m * c.tile_columns;
@@ -368,7 +412,7 @@ static void pack_slot(const Step &s, const Conv &c, const Slot &slot, const floa
                 for (int64_t x = 0; x < columns; x++) row[x] = 0;
                 continue;
             }
-            const float *from = plane + y * s.width + first;
+            const float *from = plane + y * s.in.pitch + first;
             if (s.stride_w == 1 && c.tile_images == 1 && columns % LANES == 0 && left < LANES && right + LANES > columns) {
                 for (int64_t x = 0; x < columns; x += LANES) *(vec *)(row + x) = load(from + x);
             } else if (s.stride_w == 1) {
@@ -409,25 +453,26 @@ struct Scratch {  // of one thread
     ~Scratch() { std::free(memory); }
 };
 
-static int64_t conv_tasks(const Step &s) {
-    const Conv &c = *(const Conv *)s.prepared;
+static int64_t conv_tasks(const Step &step) {
+    const Conv &c = *(const Conv *)step.prepared;
+    const Step &s = c.view;
     return ceil_div(s.images, c.tile_images) * s.groups * ceil_div(s.out_height, c.tile_rows) * ceil_div(s.out_width, c.tile_columns) *
            (c.chunk.size() - 1);
 }
 
-static void conv_task(const Step &s, float **buffers, int64_t task, Scratch &scratch) {
-    const Conv &c = *(const Conv *)s.prepared;
+static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &scratch) {
+    const Conv &c = *(const Conv *)step.prepared;
+    const Step &s = c.view;
     const int64_t chunks = c.chunk.size() - 1;
     const int64_t wide = ceil_div(s.out_width, c.tile_columns), high = ceil_div(s.out_height, c.tile_rows);
     const int64_t chunk = task % chunks, x0 = task / chunks % wide * c.tile_columns, y0 = task / chunks / wide % high * c.tile_rows;
     const int64_t group = task / chunks / wide / high % s.groups, n0 = task / chunks / wide / high / s.groups * c.tile_images;
     const int64_t images = least(c.tile_images, s.images - n0);
     const int64_t channels = s.channels / s.groups, filters = s.filters / s.groups;
-    const int64_t plane = s.out_height * s.out_width;
     const int64_t from = c.chunk[chunk], to = c.chunk[chunk + 1];
     const int64_t columns = least(c.tile_columns, s.out_width - x0), rows = least(c.tile_rows, s.out_height - y0);
     const int64_t tile = c.vectors * LANES, many = c.blocks > 1 ? round_up(to - from, DENSE_FILTERS) : DENSE_FILTERS;
-    const float *in = buffers[s.in.buffer] + s.in.offset + n0 * s.in.image + (s.mode ? 0 : group * channels * s.height * s.width);
+    const float *in = buffers[s.in.buffer] + s.in.offset + n0 * s.in.image + (s.mode ? 0 : group * channels * most(1, s.phases) * s.in.plane);
     float *out = buffers[s.out.buffer] + s.out.offset + n0 * s.out.image;
     const float *other = s.other.buffer < 0 ? nullptr : buffers[s.other.buffer] + s.other.offset + n0 * s.other.image;
     float *sums = scratch.floats(many * tile + c.most_slots * c.slot_size + tile + 2 * SLACK);
@@ -438,7 +483,7 @@ static void conv_task(const Step &s, float **buffers, int64_t task, Scratch &scr
         const int64_t count = c.slot_start[index + 1] - c.slot_start[index];
         const float *inputs = packed;
         if (s.direct) {
-            inputs = in + y0 * s.width + x0;
+            inputs = in + x0;
         } else if (s.mode) {
             pack_tokens(s, c, slots, count, in, x0, packed);
         } else {
@@ -471,17 +516,18 @@ static void conv_task(const Step &s, float **buffers, int64_t task, Scratch &scr
                     continue;
                 }
                 for (int64_t m = 0; m < images; m++) {
-                    const int64_t at = (group * filters + d) * plane + y0 * s.out_width + x0;
-                    float *target = out + m * s.out.image + at;
-                    const float *residual = other ? other + m * s.other.image + at : nullptr;
+                    float *target = out + m * s.out.image + (group * filters + d) * s.out.plane + y0 * s.out.pitch + x0;
+                    const float *residual = other ? other + m * s.other.image + (group * filters + d) * s.other.plane + y0 * s.other.pitch + x0 : nullptr;
                     const float *source = result + m * c.tile_columns;
-                    if (c.pitch == s.out_width) {
+                    if (c.flat && s.mask) {
+                        finish_masked(target, source, residual, columns, s.mask + x0, s);
+                    } else if (c.flat || (c.pitch == s.out_width && s.out.pitch == c.pitch && (!residual || s.other.pitch == c.pitch))) {
                         finish(target, source, residual, rows * columns, s, false);
-                        continue;
+                    } else {
+                        for (int64_t r = 0; r < rows; r++)  // a row may spill into the next one of the same tile, which is written after it
+                            finish(target + r * s.out.pitch, source + r * c.pitch, residual ? residual + r * s.other.pitch : nullptr, columns, s,
+                                   !s.mask && r + 1 < rows && columns == s.out_width && columns >= LANES);
                     }
-                    for (int64_t r = 0; r < rows; r++)  // a row may spill into the next one of the same tile, which is written after it
-                        finish(target + r * s.out_width, source + r * c.pitch, residual ? residual + r * s.out_width : nullptr, columns, s,
-                               r + 1 < rows && columns == s.out_width && columns >= LANES);
                 }
             }
         }
@@ -579,7 +625,7 @@ static void pool_plane(const Step &s, const float *in, float *out, Scratch &scra
         for (int64_t i = 0; i < s.kernel_h; i++) {
             const int64_t row = y * s.stride_h + i * s.dilation_h - s.pad_h;
             if (row < 0 || row >= s.height) continue;
-            const float *from = in + row * s.width;
+            const float *from = in + row * s.in.pitch;
             if (first)
                 for (int64_t x = 0; x < s.width; x++) line[x] = from[x];
             else if (maximum)
@@ -600,51 +646,72 @@ static void pool_plane(const Step &s, const float *in, float *out, Scratch &scra
                 columns++;
             }
             const float result = maximum ? value : value / (s.mode ? s.mode : rows * columns);
-            out[y * s.out_width + x] = activate_one(result, s.activation, s.low, s.high);
+            out[y * s.out.pitch + x] = activate_one(result, s.activation, s.low, s.high);
         }
     }
 }
 
 static void plane_task(const Step &s, float **buffers, int64_t task, Scratch &scratch) {
     const int64_t image = task / s.channels, channel = task % s.channels;
-    const int64_t size = s.height * s.width, out_size = s.out_height * s.out_width;
-    const float *in = buffers[s.in.buffer] + s.in.offset + image * s.in.image + channel * size;
-    float *out = buffers[s.out.buffer] + s.out.offset + image * s.out.image + channel * out_size;
-    const float *other = s.other.buffer < 0 ? nullptr : buffers[s.other.buffer] + s.other.offset + image * s.other.image;
+    const float *in = buffers[s.in.buffer] + s.in.offset + image * s.in.image + channel * s.in.plane;
+    float *out = buffers[s.out.buffer] + s.out.offset + image * s.out.image + channel * most(1, s.phases) * s.out.plane;
+    const float *other = s.other.buffer < 0 ? nullptr : buffers[s.other.buffer] + s.other.offset + image * s.other.image + channel * s.other.plane;
     if (s.kind == MAX_POOL || s.kind == AVERAGE_POOL) {
         pool_plane(s, in, out, scratch);
     } else if (s.kind == MEAN) {
         vec sum = {};
+        float total = 0;
+        const int64_t size = s.height * s.in.pitch;  // a border adds zeros
         int64_t i = 0;
         for (; i + LANES <= size; i += LANES) sum += load(in + i);
-        float total = 0;
-        for (int l = 0; l < LANES; l++) total += sum[l];
         for (; i < size; i++) total += in[i];
-        *out = activate_one(total / size, s.activation, s.low, s.high);
+        for (int l = 0; l < LANES; l++) total += sum[l];
+        *out = activate_one(total / (s.height * s.width), s.activation, s.low, s.high);
     } else if (s.kind == POINTWISE) {  // out = activation(in * scale + bias, then + or * other)
         const float scale = s.weight ? s.weight[channel] : 1, bias = s.bias ? s.bias[channel] : 0;
-        const float *second = other ? other + channel * (s.mode == 2 ? 1 : size) : nullptr;
-        for (int64_t i = 0; i < size; i += LANES) {
-            vec v = load(in + i) * all(scale) + all(bias);
-            if (second && s.mode == 2) v *= all(*second);
-            if (second && s.mode == 1) v *= load(second + i);
-            if (second && s.mode == 0) v += load(second + i);
-            float part[LANES];
-            store(part, v);
-            finish(out + i, part, nullptr, least(LANES, size - i), s, false);
-        }
+        for (int64_t y = 0; y < s.height; y++)
+            for (int64_t x = 0; x < s.width; x += LANES) {
+                vec v = load(in + y * s.in.pitch + x) * all(scale) + all(bias);
+                const float *second = other + y * s.other.pitch + x;
+                if (other && s.mode == 2) v *= all(*other);
+                if (other && s.mode == 1) v *= load(second);
+                if (other && s.mode == 0) v += load(second);
+                float part[LANES];
+                store(part, v);
+                finish(out + y * s.out.pitch + x, part, nullptr, least(LANES, s.width - x), s, false);
+            }
     } else if (s.kind == PAD) {
         for (int64_t y = 0; y < s.out_height; y++)
             for (int64_t x = 0; x < s.out_width; x++) {
                 const int32_t row = s.rows[y], column = s.columns[x];
-                out[y * s.out_width + x] = row < 0 || column < 0 ? (float)s.low : in[row * s.width + column];
+                out[y * s.out.pitch + x] = row < 0 || column < 0 ? (float)s.low : in[row * s.in.pitch + column];
             }
+    } else if (s.kind == PHASES) {
+        for (int64_t p = 0; p < s.phases; p++) {
+            const int64_t a = p / s.stride_w, b = p % s.stride_w;
+            const int64_t rows = least(s.out_height, ceil_div(s.height - a, s.stride_h));
+            const int64_t columns = least(s.out_width, ceil_div(s.width - b, s.stride_w));
+            for (int64_t y = 0; y < s.out_height; y++) {
+                const float *from = in + (y * s.stride_h + a) * s.in.pitch + b;
+                float *row = out + p * s.out.plane + y * s.out.pitch;
+                for (int64_t x = y < rows ? columns : 0; x < s.out_width; x++) row[x] = 0;
+                if (y >= rows) continue;
+                if (s.stride_w == 2)
+                    for (int64_t x = 0; x < columns; x++) row[x] = from[2 * x];
+                else
+                    for (int64_t x = 0; x < columns; x++) row[x] = from[s.stride_w * x];
+            }
+        }
+    } else if (s.kind == COPY) {  // reads nothing beyond its rows: the input of a network
+        for (int64_t y = 0; y < s.height; y++) std::memcpy(out + y * s.out.pitch, in + y * s.in.pitch, s.width * sizeof(float));
     } else {  // SPREAD: the inputs stride apart, zeros between them: a transposed convolution is a plain one over this
-        for (int64_t i = 0; i < out_size; i++) out[i] = 0;
+        for (int64_t y = 0; y < s.out_height; y++)
+            for (int64_t x = 0; x < s.out_width; x++) out[y * s.out.pitch + x] = 0;
         for (int64_t y = 0; y < s.height; y++)
             for (int64_t x = 0; x < s.width; x++) {
                 const int64_t row = y * s.stride_h + s.pad_h, column = x * s.stride_w + s.pad_w;
-                if (row >= 0 && row < s.out_height && column >= 0 && column < s.out_width) out[row * s.out_width + column] = in[y * s.width + x];
+                const bool inside = row >= 0 && row < s.out_height && column >= 0 && column < s.out_width;
+                if (inside) out[row * s.out.pitch + column] = in[y * s.in.pitch + x];
             }
     }
 }
@@ -765,9 +832,13 @@ static std::mutex running;
 static Team *team = nullptr;
 static Scratch *own = nullptr;
 
-// Do `count` steps. Returns 0, or 1 when memory is missing.
-extern "C" int64_t engine_run(const Step *steps, int64_t count, float **buffers, int64_t threads, int64_t *nanoseconds) {
+extern "C" int64_t all_finite(const float *values, int64_t count);
+
+// Do `count` steps. Returns 0, 1 when memory is missing, or 2, and does nothing, when one of the `checked` numbers at `input` is not finite.
+extern "C" int64_t engine_run(const Step *steps, int64_t count, float **buffers, int64_t threads, int64_t *nanoseconds, const float *input,
+                              int64_t checked) {
     std::lock_guard<std::mutex> held(running);
+    if (checked && !all_finite(input, checked)) return 2;
     try {
         if (!own) own = new Scratch;
         Job job(steps, count, buffers, nanoseconds, threads);
@@ -785,9 +856,13 @@ extern "C" int64_t engine_run(const Step *steps, int64_t count, float **buffers,
 
 // Whether all numbers are finite, in one pass: x * 0 is 0 for these alone.
 extern "C" int64_t all_finite(const float *values, int64_t count) {
-    vec sum = {};
+    vec sum = {}, other = {};
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) sum += load(values + i) * all(0);
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        sum += load(values + i) * all(0);
+        other += load(values + i + LANES) * all(0);
+    }
+    sum += other;
     float total = 0;
     for (int l = 0; l < LANES; l++) total += sum[l];
     for (; i < count; i++) total += values[i] * 0;

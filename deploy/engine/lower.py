@@ -32,11 +32,13 @@ class Work:
 
     node: object  # whose value it gives
     name: str
-    sources: list  # nodes that it reads
+    sources: list  # nodes that it reads, those that own the memory
+    shapes: list  # as which they are read
     step: object = None
     weight: torch.Tensor = None  # kept alive for the step's pointers
     bias: torch.Tensor = None
     maps: list = field(default_factory=list)
+    shape: object = None  # of the result
     parts: bool = False  # concatenation: a copy of each source into its slice
 
 
@@ -84,7 +86,7 @@ class Lowering:
 
     def _leave_to_pytorch(self, node):
         sources = [self.root_of(parent) for parent in node.all_input_nodes if parent not in self.known]
-        self.works.append(Work(node, f'{operation(node) or node.target}', sources))
+        self.works.append(Work(node, f'{operation(node) or node.target}', sources, []))
 
     # ----------------------------------------------------------------------------------------------------------- small helpers
 
@@ -111,10 +113,15 @@ class Lowering:
         plain |= {'filters': out[1], 'out_height': out[2], 'out_width': out[3], 'groups': 1}
         plain |= {f'{name}_{axis}': 1 for name in ('kernel', 'stride', 'dilation') for axis in 'hw'}
         step = build.Step(kind=kind, **plain | UNLIMITED | fields)
-        work = Work(node, name, [self.root_of(source)], step)
+        work = Work(node, name, [], [], step, shape=result.shape)
+        self._read(work, source)
         self.works.append(work)
         self.producer[node] = work
         return work
+
+    def _read(self, work, node):
+        work.sources.append(self.root_of(node))
+        work.shapes.append(self.found[node].shape)
 
     def _open(self, source, kinds):
         """The work that gives `source`, if nothing else reads that and it can still be extended; else None."""
@@ -128,6 +135,7 @@ class Lowering:
         self.producer.pop(work.node)
         self.producer[node] = work
         work.node = node
+        work.shape = self.found[node].shape
 
     # ------------------------------------------------------------------------------------------------- convolutions and linear layers
 
@@ -266,11 +274,11 @@ class Lowering:
                     work.step.mode = 0
                 self.works.remove(work)  # it runs where the sum was: the other summand may have been computed after it
                 self.works.append(work)
-                work.sources.append(self.root_of(second))
+                self._read(work, second)
                 self._extend(work, node)
                 return True
-        work = self._pointwise(node, one)
-        work.sources.append(self.root_of(other))
+        work = self._pointwise(node, one, mode=0)
+        self._read(work, other)
         return True
 
     def _mul(self, node):
@@ -278,7 +286,7 @@ class Lowering:
         one, other = arguments['self'], arguments['other']
         if self._same_shape(node, one, other):
             work = self._pointwise(node, one, mode=1)
-            work.sources.append(self.root_of(other))
+            self._read(work, other)
             return True
         if not isinstance(other, torch.fx.Node) or not isinstance(one, torch.fx.Node) or {one, other} & self.known:
             return False
@@ -289,7 +297,7 @@ class Lowering:
         if self.found[small].shape != (*shape[:2], 1, 1):
             return False
         work = self._step(node, build.POINTWISE, large, node.name, mode=2)
-        work.sources.append(self.root_of(small))
+        self._read(work, small)
         return True
 
     def _same_shape(self, node, one, other):
@@ -302,11 +310,14 @@ class Lowering:
             and len(shape) > 0
         )
 
-    def _pointwise(self, node, source, **fields):
-        """A step for each number of its own: the inner axes count as the plane of one channel."""
-        inner = self.found[source].numel() // self.found[source].shape[0]
+    def _pointwise(self, node, source, mode=3):
+        """A step for each number of its own. Axes other than four are read as one."""
+        value = self.found[source]
+        if value.dim() == 4:
+            return self._step(node, build.POINTWISE, source, node.name, mode=mode)
+        inner = value.numel() // value.shape[0]
         plane = {'channels': 1, 'filters': 1, 'height': 1, 'width': inner, 'out_height': 1, 'out_width': inner}
-        return self._step(node, build.POINTWISE, source, node.name, **plane | fields)
+        return self._step(node, build.POINTWISE, source, node.name, mode=mode, **plane)
 
     def _cat(self, node):
         arguments = self._arguments(node)
@@ -317,7 +328,7 @@ class Lowering:
             return False
         if arguments['dim'] % min(ranks) != 1 or not all(self._is_float(source) for source in arguments['tensors']):
             return False
-        work = Work(node, node.name, sources, parts=True)
+        work = Work(node, node.name, sources, shapes, parts=True)
         self.works.append(work)
         return True
 

@@ -2,43 +2,71 @@
 
 import ctypes
 import time
-from collections import Counter
 
 import torch
 
 from . import build
-from .lower import Lowering
+from .lower import Lowering, Work
 
 PREPARED = {build.CONV: 'conv', build.LINEAR: 'linear'}
 LABELS = {build.LINEAR: 'linear', build.MAX_POOL: 'max pool', build.AVERAGE_POOL: 'average pool', build.MEAN: 'mean'}
-LABELS |= {build.POINTWISE: 'elementwise', build.PAD: 'padding', build.SPREAD: 'spread'}
+LABELS |= {
+    build.POINTWISE: 'elementwise',
+    build.PAD: 'padding',
+    build.SPREAD: 'spread',
+    build.COPY: 'copy',
+    build.PHASES: 'phases',
+}
 LARGE = 1 << 40
+MOST_SPLIT = 1 << 17  # floats of an image's phases
+MOST_BORDER = 3  # a border of zeros is at most so wide; other convolutions copy what they need
 _chosen = {}  # what measuring found before, by geometry and share of non-zero weights
 
 
 class Value:
-    """The memory of one tensor: its own buffer, or a slice of the channels of a concatenation."""
+    """The memory of one tensor: its own buffer, or a slice of the channels of a concatenation.
 
-    def __init__(self, shape):
+    Images of four axes may have a border of zeros: `border` rows above and below, and as many columns between two rows.
+    """
+
+    def __init__(self, shape, border=0):
         self.shape = torch.Size(shape)
-        self.images = shape[0]
-        self.size = self.shape.numel() // max(1, shape[0])  # floats of an image
+        self.images = shape[0] if shape else 1
+        self.border = border
+        self.pitch, self.plane, self.size = plain_strides(self.shape)  # floats between two rows, channels and images
+        if border:
+            self.pitch = shape[3] + border
+            self.plane = -(-(shape[2] + border) * self.pitch // 16) * 16  # a multiple of every vector
+            self.size = shape[1] * self.plane
         self.parent = None
         self.before = 0  # floats of the parent's image before this slice
         self.first = None  # index of the work that writes it, and of the last one that reads it
         self.last = None
         self.buffer = None
 
+    def layout(self):
+        """What buffers must have in common to be shared: where the zeros of the border lie."""
+        return (self.pitch, self.plane, self.shape[2:]) if self.border else ()
+
     def root(self):
         return self if self.parent is None else self.parent.root()
 
-    def place(self):
-        """(buffer, floats before the first image, floats between images)."""
+    def place(self, shape=None):
+        """Where it lies, read as a tensor of this shape: (buffer, floats before the first image, ... between images, planes, rows)."""
         before, value = 0, self
         while value.parent is not None:
             before += value.before
             value = value.parent
-        return value.buffer, before, value.size
+        pitch, plane = self.pitch, self.plane
+        if not self.border and shape is not None:
+            pitch, plane, _ = plain_strides(shape)
+        return value.buffer, before, value.size, plane, pitch
+
+
+def plain_strides(shape):
+    """(floats of a row, of a channel, of an image) of a tensor without border."""
+    plane = torch.Size(shape[2:]).numel()
+    return (shape[-1] if len(shape) > 2 else 1), plane, torch.Size(shape[1:]).numel()
 
 
 class Plan:
@@ -55,8 +83,9 @@ class Plan:
         lowering = Lowering(graph, self.found, self.known)
         self.works = lowering.works
         self.root_of = lowering.root_of
-        self.memory = []
         self.handles = []
+        self._add_input_copies()
+        self._split_strides()
         self._make_values()
         self._place_buffers()
         self._fill_steps()
@@ -71,43 +100,103 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------------------------------ memory
 
+    def _add_input_copies(self):
+        """The first steps: the network's inputs, which lie in the caller's memory, into buffers of the engine."""
+        self.raw = [_Made(f'input {number}') for number in range(len(self.graph.inputs))]
+        copies = []
+        for raw, node in zip(self.raw, self.graph.inputs, strict=True):
+            shape = self.found[node].shape
+            self.found[raw] = self.found[node]
+            step = build.Step(kind=build.COPY, **plane_sizes(shape))
+            copies.append(Work(node, str(raw), [raw], [shape], step, shape=shape))
+        self.works = copies + self.works
+
+    def _split_strides(self):
+        """Put a step that splits the input into its phases before convolutions with strides that are small enough to gain by it."""
+        split = {}  # by source and stride: the number of phases
+        for work in self.works:
+            if can_split(work):
+                key = work.sources[0], work.step.stride_h, work.step.stride_w
+                split[key] = max(split.get(key, 1), phases(work.step))
+        made, works = {}, []
+        for work in self.works:
+            if can_split(work):
+                old = work.step
+                key = work.sources[0], old.stride_h, old.stride_w
+                if key not in made:
+                    made[key] = _Made(f'phases of {work.name}')
+                    shape = torch.Size([old.images, old.channels * split[key], old.out_height, old.out_width])
+                    self.found[made[key]] = torch.empty(shape, device='meta')
+                    step = build.Step(kind=build.PHASES, phases=split[key])
+                    for name in build.INTEGERS:
+                        setattr(step, name, getattr(old, name))
+                    works.append(Work(made[key], str(made[key]), work.sources[:1], work.shapes[:1], step, shape=shape))
+                work.sources[0] = made[key]
+                work.shapes[0] = self.found[made[key]].shape
+                work.step.phases = split[key]
+            works.append(work)
+        self.works = works
+
+    def _borders(self):
+        """{height and width: border of the tensors of that size}: as wide as the convolutions need that keep the size."""
+        borders = {}
+        for work in self.works:
+            step = work.step
+            if step is None or step.kind != build.CONV or step.mode:
+                continue
+            if step.phases or keeps_size(step) and step.height > 1:
+                size = step.out_height, step.out_width
+                borders[size] = max(borders.get(size, 0), reach(step))
+        return {size: border for size, border in borders.items() if border <= MOST_BORDER}
+
     def _make_values(self):
         """A value for every tensor that a step of the engine reads or writes."""
+        engine = [work for work in self.works if work.step is not None or work.parts]
+        plain = {
+            self.root_of(node) for node in self.graph.nodes if self.found_shape(node) != self.found_shape(self.root_of(node))
+        }
+        plain |= set(self.raw) | {self.root_of(node) for node in self.graph.outputs}
+        for work in engine:
+            if work.step is not None and (work.step.kind == build.LINEAR or work.step.kind == build.CONV and work.step.mode):
+                plain |= {work.node, *work.sources}
+        borders = self._borders()
         self.values = {}
-        nodes = list(self.graph.inputs)
-        for work in self.works:
-            nodes += [work.node, *work.sources] if work.step is not None or work.parts else []
-        for node in nodes:
-            if node not in self.values:
-                self.values[node] = Value(self.found[node].shape)
-        readers = Counter()
-        end = len(self.works)
+        for node in [node for work in engine for node in (work.node, *work.sources)]:
+            shape = self.found[node].shape
+            border = borders.get(tuple(shape[2:]), 0) if len(shape) == 4 and node not in plain else 0
+            self.values.setdefault(node, Value(shape, border))
         for index, work in enumerate(self.works):
             if work.node in self.values:
                 self.values[work.node].first = index
             for source in work.sources:
                 if source in self.values:
                     self.values[source].last = index
-                    readers[source] += 1
         self.returned = [self.root_of(node) for node in self.graph.outputs]
         for node in self.returned:
             if node in self.values:
-                self.values[node].last = end
+                self.values[node].last = len(self.works)
         # a step writes into the concatenation that reads its result: from the last concatenation to the first, so that they nest
-        views = {
-            self.root_of(node) for node, value in self._aliases() if value.shape[:1] != self.found[self.root_of(node)].shape[:1]
+        made = {work.node for work in engine}
+        reshaped = {
+            self.root_of(node)
+            for node in self.graph.nodes
+            if self.found_shape(node)[:1] != self.found_shape(self.root_of(node))[:1]
         }
-        made = {work.node for work in self.works if work.step is not None or work.parts}
-        for work in reversed(self.works):
+        for work in reversed([work for work in engine if work.parts]):
             before = 0
-            for source in work.sources if work.parts else []:
+            whole = self.values[work.node]
+            for source in work.sources:
                 value = self.values[source]
-                if source in made and value.parent is None and source not in views and work.sources.count(source) == 1:
-                    value.parent, value.before = self.values[work.node], before
-                before += value.size
+                movable = (
+                    source in made and value.parent is None and source not in reshaped and value.layout() == whole.layout()
+                )
+                if movable and work.sources.count(source) == 1:
+                    value.parent, value.before = whole, before
+                before += value.shape[1] * whole.plane
 
-    def _aliases(self):
-        return [(node, self.found[node]) for node in self.graph.nodes if node is not self.root_of(node)]
+    def found_shape(self, node):
+        value = self.found.get(node)
+        return value.shape if isinstance(value, torch.Tensor) else torch.Size()
 
     def _place_buffers(self):
         """Give every root value a buffer; those that are never needed at the same time share one."""
@@ -118,10 +207,12 @@ class Plan:
             last = max(first, -1 if value.last is None else value.last)
             old = spans.get(root, (first, last))
             spans[root] = min(old[0], first), max(old[1], last)
-        sizes, free = [], []  # free: (number of buffer, index from which on)
+        sizes, layouts, free = [], [], []  # free: (number of buffer, index after which it is)
         for root, (first, last) in sorted(spans.items(), key=lambda item: item[1][0]):
-            size = root.images * root.size
-            fitting = [entry for entry in free if entry[1] < first and sizes[entry[0]] >= size >= sizes[entry[0]] // 4]
+            size, layout = root.images * root.size, root.layout()
+            fitting = [
+                (n, end) for n, end in free if end < first and layouts[n] == layout and sizes[n] >= size >= sizes[n] // 4
+            ]
             if fitting and first >= 0:
                 entry = min(fitting, key=lambda entry: sizes[entry[0]])
                 free.remove(entry)
@@ -129,13 +220,15 @@ class Plan:
             else:
                 root.buffer = len(sizes)
                 sizes.append(size)
+                layouts.append(layout)
             if first >= 0:
                 free.append((root.buffer, last))
-        self.memory = [torch.zeros(size + 2 * build.SLACK + 16) for size in sizes]
+        edges = [layout[0] * MOST_BORDER + MOST_BORDER if layout else 0 for layout in layouts]
+        self.memory = [torch.zeros(size + 2 * (build.SLACK + edge) + 16) for size, edge in zip(sizes, edges, strict=True)]
         self.starts = []
-        for memory in self.memory:
-            skip = -(memory.data_ptr() // 4 + build.SLACK) % 16  # first images begin at a multiple of 64 bytes
-            self.starts.append(build.SLACK + skip)
+        for memory, edge in zip(self.memory, edges, strict=True):
+            skip = -(memory.data_ptr() // 4 + build.SLACK + edge) % 16  # first images begin at a multiple of 64 bytes
+            self.starts.append(build.SLACK + edge + skip)
         self.pointers = (ctypes.c_void_p * len(sizes))()
         for number, memory in enumerate(self.memory):
             self.pointers[number] = memory.data_ptr() + 4 * self.starts[number]
@@ -143,76 +236,76 @@ class Plan:
 
     def _view(self, value):
         """The value as a tensor of PyTorch over the same memory."""
-        number, before, image = value.place()
-        strides = [1]
-        for size in reversed(value.shape[2:]):
-            strides.insert(0, strides[0] * size)
-        strides = [image, *strides] if value.shape[1:] else [1]
+        number, before, image, plane, pitch = value.place()
+        if value.border:
+            strides = [image, plane, pitch, 1]
+        else:
+            strides = [1]
+            for size in reversed(value.shape[2:]):
+                strides.insert(0, strides[0] * size)
+            strides = [image, *strides] if value.shape[1:] else [1]
         return self.memory[number].as_strided(value.shape, strides, self.starts[number] + before)
 
     def _fill_steps(self):
         steps = []
         for work in self.works:
-            if work.parts:
-                steps += self._copies(work)
-            else:
-                steps.append(work)
+            steps += self._copies(work) if work.parts else [work]
         self.works = steps
+        self.masks = {}
         for work in steps:
             if work.step is None:
                 continue
-            places = [build.Place(*self.values[node].place()) for node in (work.sources[0], work.node)]
-            other = self.values[work.sources[1]].place() if len(work.sources) > 1 else (-1, 0, 0)
             step = work.step
-            step.source, step.target, step.other = *places, build.Place(*other)
-            if step.kind == build.LINEAR or step.mode == 1 and step.kind == build.CONV:  # an image is a token
-                inner = {'source': step.channels, 'target': step.filters, 'other': step.filters}
-                for name, node in zip(inner, [work.sources[0], work.node, *work.sources[1:]], strict=False):
-                    if len(self.values[node].shape) != 2:
-                        place = getattr(step, name)
-                        place.image = inner[name]
-            if step.kind == build.POINTWISE and step.channels == 1 and not self.values[work.node].shape[1:]:
-                step.source.image = step.target.image = step.other.image = 1
+            shapes = [work.shape, *work.shapes]
+            values = [self.values[node] for node in (work.node, *work.sources)]
+            places = [build.Place(*value.place(shape)) for value, shape in zip(values, shapes, strict=True)]
+            if step.kind == build.LINEAR or step.kind == build.CONV and step.mode:  # an image is a token
+                for place, shape, size in zip(places, shapes, (step.filters, step.channels, step.filters), strict=False):
+                    place.image = size if len(shape) != 2 else place.image
+            step.target, step.source = places[:2]
+            step.other = places[2] if len(places) > 2 else build.Place(-1, 0, 0, 0, 0)
             step.weight = None if work.weight is None else work.weight.data_ptr()
             step.bias = None if work.bias is None else work.bias.data_ptr()
+            if values[0].border:
+                step.mask = self._mask(values[0]).data_ptr()
             if work.maps:
-                step.rows, step.columns = (values.data_ptr() for values in work.maps)
+                step.rows, step.columns = (positions.data_ptr() for positions in work.maps)
+            if step.kind in (build.POINTWISE, build.COPY) and not any(value.border for value in values) and step.mode != 2:
+                step.width, step.height = step.width * step.height, 1
+                if work.weight is None:
+                    step.width, step.channels = step.width * step.channels, 1
+
+    def _mask(self, value):
+        """-1 at the pixels of a plane's rows, 0 in the border, and behind."""
+        layout = value.layout()
+        if layout not in self.masks:
+            height, width = value.shape[2:]
+            mask = torch.zeros(value.plane + 256, dtype=torch.int32)
+            mask[: height * value.pitch].view(height, value.pitch)[:, :width] = -1
+            self.masks[layout] = mask
+        return self.masks[layout]
 
     def _copies(self, work):
         """A concatenation: one copy for each part that could not be written where it belongs."""
-        from .lower import Work
-
         copies, before = [], 0
         whole = self.values[work.node]
-        for source in work.sources:
+        for source, shape in zip(work.sources, work.shapes, strict=True):
             value = self.values[source]
             if value.parent is not whole or value.before != before:
-                part = _Slice()
-                self.values[part] = piece = Value(value.shape)
+                part = _Made(f'part of {work.name}')
+                self.values[part] = piece = Value(shape, whole.border)
                 piece.parent, piece.before = whole, before
-                plane = {
-                    'images': value.images,
-                    'channels': 1,
-                    'height': 1,
-                    'width': value.size,
-                    'out_height': 1,
-                    'out_width': value.size,
-                }
-                step = build.Step(kind=build.POINTWISE, mode=3, low=-float('inf'), high=float('inf'), **plane)
-                copies.append(Work(part, work.name, [source], step))
-            before += value.size
+                step = build.Step(kind=build.COPY, **plane_sizes(shape))
+                copies.append(Work(part, work.name, [source], [shape], step, shape=shape))
+            before += shape[1] * whole.plane
         return copies
 
     # ----------------------------------------------------------------------------------------------------------------- choices
 
     def _prepare(self, work, measure):
         step = work.step
-        flat = step.kernel_h == step.kernel_w == step.stride_h == step.stride_w == 1 and step.pad_h == step.pad_w == 0
-        if step.kind == build.CONV and flat and not step.mode:
-            step.width, step.height = step.width * step.height, 1
-            step.out_width, step.out_height = step.out_width * step.out_height, 1
         density = float((work.weight != 0).sum()) / work.weight.numel()
-        candidates = self._candidates(step, density, flat)
+        candidates = self._candidates(work, density)
         key = self._key(step, density)
         if key in _chosen:
             candidates = [_chosen[key]]
@@ -241,25 +334,32 @@ class Plan:
 
     def _key(self, step, density):
         names = [name for name in build.INTEGERS if name != 'activation']
-        return (step.kind, float(f'{density:.1g}'), self.threads, *(getattr(step, name) for name in names))
+        pitches = step.source.pitch, step.target.pitch, step.other.pitch
+        return (step.kind, float(f'{density:.1g}'), self.threads, *pitches, *(getattr(step, name) for name in names))
 
-    def _candidates(self, step, density, flat):
+    def _candidates(self, work, density):
         """Settings worth a measurement, the most likely one first."""
+        step = work.step
         if step.kind == build.LINEAR:
             kinds = [{'dense': 0}, {'dense': 1}] if density > 0.15 else [{'dense': 0}]
             return kinds[::-1] if density > 0.5 else kinds
-        plain = {'dense': 0, 'shifted': 0, 'direct': 0, 'vectors': 14, 'block_bytes': 32 << 10}
-        if step.mode:
-            found = [plain, plain | {'vectors': 8}]
-        elif flat:
-            found = [plain, plain | {'block_bytes': 96 << 10}, plain | {'direct': 1}, plain | {'direct': 1, 'vectors': 7}]
-        else:
-            found = [plain, plain | {'shifted': 1}, plain | {'vectors': 8, 'shifted': 1}, plain | {'block_bytes': 256 << 10}]
-        dense = {'dense': 1, 'shifted': int(not flat and not step.mode), 'vectors': 6}
+        rows = {'dense': 0, 'shifted': 0, 'direct': 0, 'vectors': 14, 'block_bytes': 32 << 10}
+        pointwise = step.kernel_h == step.kernel_w == 1
+        found = [rows, rows | {'block_bytes': 96 << 10}]
+        if not pointwise:
+            found += [rows | {'shifted': 1}, rows | {'shifted': 1, 'vectors': 8}]
+        values = [self.values[node] for node in (work.node, *work.sources)]
+        alike = all(value.pitch == values[0].pitch for value in values)
+        if step.phases:
+            found = [rows | {'direct': 1}, rows | {'direct': 1, 'vectors': 7}]
+        elif not step.mode and keeps_size(step) and alike and values[1].border >= reach(step):
+            found = [rows | {'direct': 1}, rows | {'direct': 1, 'vectors': 7}, *found]
         if density > 0.25:
-            found += [found[0] | dense, found[0] | dense | {'vectors': 4}]
-            found += [found[0] | dense | {'direct': 1}] if flat and not step.mode else []
-        return found[-2:] + found[:-2] if density > 0.6 else found
+            dense = [found[0] | {'dense': 1, 'vectors': 6}, found[0] | {'dense': 1, 'vectors': 4}]
+            if not step.phases:
+                dense.append(rows | {'dense': 1, 'vectors': 6, 'shifted': int(not pointwise)})
+            found = dense + found if density > 0.6 else found + dense
+        return found
 
     def _chunks(self, step):
         """In how many pieces the filters are shared out, so that four tasks come to a thread."""
@@ -280,7 +380,7 @@ class Plan:
     def _call(self, steps, nanoseconds=None):
         array = (build.Step * len(steps))(*steps)
         taken = None if nanoseconds is None else ctypes.byref(nanoseconds)
-        if self.kernels.engine_run(array, len(steps), self.pointers, self.threads, taken):
+        if self.kernels.engine_run(array, len(steps), self.pointers, self.threads, taken, None, 0):
             raise MemoryError('the sparse engine ran out of memory')
 
     # ----------------------------------------------------------------------------------------------------------------- running
@@ -299,25 +399,29 @@ class Plan:
                 group = []
             if work is not None:
                 self.segments.append((None, [work]))
-        self.fresh = {}  # returned tensors that a step can write directly: {place in outputs: buffer}
-        counts = Counter(value.root() for value in self.values.values())
+        self.fresh = {}  # returned tensors that a step writes directly into new memory: {place in outputs: value}
         for place, node in enumerate(self.returned):
             value = self.values.get(node)
-            last = value is not None and value.parent is None and counts[value] == 1 and value.first is not None
-            written = any(work.step is not None and work.node is node for work in self.works)
-            read = any(node in work.sources for work in self.works)
-            alone = last and sum(other.buffer == value.buffer for other in self.values.values()) == 1
-            if alone and written and not read and self.returned.count(node) == 1:
+            if value is None or any(node in work.sources for work in self.works) or self.returned.count(node) > 1:
+                continue
+            alone = sum(other.root().buffer == value.root().buffer for other in self.values.values()) == 1
+            if alone and any(work.node is node and work.step is not None for work in self.works):
                 self.fresh[place] = value
+        self.checks = [self.values[raw].images * self.values[raw].size for raw in self.raw]
+        self.single = len(self.segments) == len(self.raw) == len(self.graph.outputs) == 1 and 0 in self.fresh
+        if self.single:
+            self.shape = tuple(self.found[self.graph.outputs[0]].shape)
+            self.buffers = self.values[self.raw[0]].buffer, self.fresh[0].buffer
 
     def run(self, inputs, times=None):
-        """The network's output; None when an input is not finite. times: {work: nanoseconds}, filled in when given."""
-        for node, given in zip(self.graph.inputs, inputs, strict=True):
-            value = self.values[node]
-            number = value.buffer
-            self.tensors[node].copy_(given)
-            if not self.kernels.all_finite(self.pointers[number], value.images * value.size):
+        """The network's output; None when an input is not finite. times: {id of a work: nanoseconds}, filled in when given."""
+        inputs = [value.contiguous() for value in inputs]
+        if self.single and times is None:
+            return self._run_at_once(inputs[0])
+        for raw, value, count in zip(self.raw, inputs, self.checks, strict=True):
+            if not self.kernels.all_finite(value.data_ptr(), count):
                 return None
+            self.pointers[self.values[raw].buffer] = value.data_ptr()
         made = {}
         for place, value in self.fresh.items():
             made[place] = torch.empty(value.shape)
@@ -328,7 +432,7 @@ class Plan:
                 self._run_in_pytorch(works[0], held, times)
                 continue
             taken = None if times is None else (ctypes.c_int64 * len(works))()
-            if self.kernels.engine_run(array, len(works), self.pointers, self.threads, taken):
+            if self.kernels.engine_run(array, len(works), self.pointers, self.threads, taken, None, 0):
                 raise MemoryError('the sparse engine ran out of memory')
             if times is not None:
                 times.update(zip((id(work) for work in works), taken, strict=True))
@@ -343,6 +447,18 @@ class Plan:
                 result = result.clone() if isinstance(result, torch.Tensor) else result
             results.append(result)
         return self.graph.build_output(results)
+
+    def _run_at_once(self, image):
+        """The whole network in one call."""
+        array, works = self.segments[0]
+        result = torch.empty(self.shape)
+        address = image.data_ptr()
+        self.pointers[self.buffers[0]] = address
+        self.pointers[self.buffers[1]] = result.data_ptr()
+        failed = self.kernels.engine_run(array, len(works), self.pointers, self.threads, None, address, self.checks[0])
+        if failed == 1:
+            raise MemoryError('the sparse engine ran out of memory')
+        return None if failed else self.graph.build_output([result])
 
     def _value(self, node, held):
         """The tensor, number or tuple that a node of the graph stands for."""
@@ -376,5 +492,51 @@ class Plan:
         return LABELS[step.kind]
 
 
-class _Slice:
-    """Stands for a part of a concatenation that is copied there."""
+class _Made:
+    """Stands for a value that is no node of the graph."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __str__(self):
+        return self.name
+
+
+def keeps_size(step):
+    """Whether a convolution's output has the size of its input, pixel by pixel."""
+    same = step.out_height == step.height and step.out_width == step.width
+    return same and step.stride_h == step.stride_w == 1
+
+
+def reach(step):
+    """How far a convolution reads over the edge, in pixels of its output."""
+    found = 0
+    for letter in 'hw':
+        kernel, stride, pad, dilation = (getattr(step, f'{name}_{letter}') for name in ('kernel', 'stride', 'pad', 'dilation'))
+        found = max(found, -(-pad // stride), ((kernel - 1) * dilation - pad) // stride)
+    return found
+
+
+def phases(step):
+    """Into how many phases a convolution with strides needs its input split: only one where each output reads one pixel."""
+    return 1 if step.kernel_h == step.kernel_w == 1 and step.pad_h == step.pad_w == 0 else step.stride_h * step.stride_w
+
+
+def can_split(work):
+    """Whether a convolution has strides, its phases hold the whole input, and they fit into the second cache."""
+    step = work.step
+    if step is None or step.kind != build.CONV or step.mode or step.stride_h == step.stride_w == 1:
+        return False
+    whole = step.out_height * step.stride_h >= step.height and step.out_width * step.stride_w >= step.width
+    floats = step.channels * phases(step) * step.out_height * step.out_width
+    return whole and reach(step) <= MOST_BORDER and floats <= MOST_SPLIT
+
+
+def plane_sizes(shape):
+    """The fields of a step that copies a tensor: with four axes by planes, else an image at a time."""
+    if len(shape) == 4:
+        sizes = dict(zip(('images', 'channels', 'height', 'width'), shape, strict=True))
+    else:
+        inner = torch.Size(shape[1:]).numel()
+        sizes = {'images': shape[0] if shape else 1, 'channels': 1, 'height': 1, 'width': inner}
+    return sizes | {'out_height': sizes['height'], 'out_width': sizes['width'], 'filters': sizes['channels']}
