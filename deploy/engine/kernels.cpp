@@ -51,9 +51,30 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // at any address
 
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef int32_t loose_ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
 static inline vec load(const float *p) { return *(const loose *)p; }
 static inline void store(float *p, vec v) { *(loose *)p = v; }
 static inline vec all(float value) { return value - vec{}; }
+
+// Every second float of two vectors.
+static inline vec evens(vec a, vec b) {
+#if LANES == 16
+    const ints pick = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+#elif LANES == 8
+    const ints pick = {0, 2, 4, 6, 8, 10, 12, 14};
+#else
+    const ints pick = {0, 2, 4, 6};
+#endif
+#if defined(__clang__)
+    vec out;
+    for (int l = 0; l < LANES; l++) out[l] = pick[l] < LANES ? a[pick[l]] : b[pick[l] - LANES];
+    return out;
+#else
+    return __builtin_shuffle(a, b, pick);
+#endif
+}
 
 enum Kind { CONV = 0, LINEAR = 1, MAX_POOL = 2, AVERAGE_POOL = 3, MEAN = 4, POINTWISE = 5, PAD = 6, SPREAD = 7, COPY = 8, PHASES = 9 };
 enum Activation { CLAMP = 0, LEAKY = 1, HARDSWISH = 2, HARDSIGMOID = 3, SIGMOID = 4, SILU = 5, GELU = 6, TANH = 7, ELU = 8, GELU_TANH = 9 };
@@ -130,9 +151,6 @@ static inline void finish(float *out, const float *in, const float *residual, in
     }
 }
 
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef int32_t loose_ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
 // The same for a stretch of a plane with a border, in whole vectors: what lies in the border becomes zero.
 static inline void finish_masked(float *out, const float *in, const float *residual, int64_t n, const int32_t *mask, const Step &s) {
     const float low = s.low, high = s.high;
@@ -155,18 +173,16 @@ struct Weight {
     float value;
 };
 
-// tile[k] += sum over j of weights[j].value * packed[weights[j].offset + k], for k < V * LANES. The plain loop:
-//     for j: for k: tile[k] += weights[j].value * packed[weights[j].offset + k];
+// sum[v] += the products of all weights with vector v of what they read. The plain loop:
+//     for j: for k < V * LANES: sum[k] += weights[j].value * packed[weights[j].offset + k];
 template <int V>
-static void accumulate(float *tile, const float *packed, const Weight *weights, int64_t count) {
-    constexpr int CHAINS = V == 1 ? 4 : V == 2 ? 4 : V <= 4 ? 2 : 1;  // sums that do not wait for one another
-    vec sum[CHAINS][V];
-#pragma GCC unroll 16
-    for (int v = 0; v < V; v++) sum[0][v] = load(tile + v * LANES);
+static inline __attribute__((always_inline)) void add_products(vec *sum, const float *packed, const Weight *weights, int64_t count) {
+    constexpr int CHAINS = V <= 2 ? 4 : V <= 4 ? 2 : 1;  // sums that do not wait for one another
+    vec chain[CHAINS][V];
 #pragma GCC unroll 4
-    for (int c = 1; c < CHAINS; c++)
+    for (int c = 0; c < CHAINS; c++)
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++) sum[c][v] = vec{};
+        for (int v = 0; v < V; v++) chain[c][v] = c ? vec{} : sum[v];
     int64_t j = 0;
     for (; j + CHAINS <= count; j += CHAINS)
 #pragma GCC unroll 4
@@ -174,19 +190,60 @@ static void accumulate(float *tile, const float *packed, const Weight *weights, 
             const float *x = packed + weights[j + c].offset;
             const vec value = all(weights[j + c].value);
 #pragma GCC unroll 16
-            for (int v = 0; v < V; v++) sum[c][v] += value * load(x + v * LANES);
+            for (int v = 0; v < V; v++) chain[c][v] += value * load(x + v * LANES);
         }
-    for (; j < count; j++) {
+    for (; CHAINS > 1 && j < count; j++) {
         const float *x = packed + weights[j].offset;
         const vec value = all(weights[j].value);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++) sum[0][v] += value * load(x + v * LANES);
+        for (int v = 0; v < V; v++) chain[0][v] += value * load(x + v * LANES);
     }
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++) {
 #pragma GCC unroll 4
-        for (int c = 1; c < CHAINS; c++) sum[0][v] += sum[c][v];
-        store(tile + v * LANES, sum[0][v]);
+        for (int c = 1; c < CHAINS; c++) chain[0][v] += chain[c][v];
+        sum[v] = chain[0][v];
+    }
+}
+
+// A tile's sums, kept in memory between blocks of channels.
+template <int V>
+static void accumulate(float *tile, const float *packed, const Weight *weights, int64_t count) {
+    vec sum[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) sum[v] = load(tile + v * LANES);
+    add_products<V>(sum, packed, weights, count);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) store(tile + v * LANES, sum[v]);
+}
+
+struct Finish {  // what happens to a finished sum
+    float bias, low, high;
+    const float *residual;  // or null
+    const int32_t *mask;    // or null
+};
+
+// A whole output tile at once: out = clamp(bias + products + residual), zero where the mask is.
+template <int V>
+static void complete(float *out, const float *packed, const Weight *weights, int64_t count, const Finish &with) {
+    vec sum[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) sum[v] = all(with.bias);
+    add_products<V>(sum, packed, weights, count);
+    const float low = with.low, high = with.high;
+    const float *const residual = with.residual;
+    const int32_t *const mask = with.mask;
+    if (residual) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) sum[v] += load(residual + v * LANES);
+    }
+    if (mask) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++)
+            store(out + v * LANES, (vec)((ints)clamp(sum[v], low, high) & *(const loose_ints *)(mask + v * LANES)));
+    } else {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) store(out + v * LANES, clamp(sum[v], low, high));
     }
 }
 
@@ -217,12 +274,20 @@ static void accumulate_dense(float *tile, int64_t apart, const float *packed, co
 }
 
 typedef void (*Accumulate)(float *, const float *, const Weight *, int64_t);
+typedef void (*Complete)(float *, const float *, const Weight *, int64_t, const Finish &);
 typedef void (*AccumulateDense)(float *, int64_t, const float *, const int32_t *, const float *, int64_t);
 static const Accumulate ACCUMULATE[] = {
     nullptr, accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>, accumulate<5>, accumulate<6>, accumulate<7>,
     accumulate<8>, accumulate<9>, accumulate<10>, accumulate<11>, accumulate<12>,
 #if TILE_VECTORS > 12
     accumulate<13>, accumulate<14>,
+#endif
+};
+static const Complete COMPLETE[] = {
+    nullptr, complete<1>, complete<2>, complete<3>, complete<4>, complete<5>, complete<6>, complete<7>,
+    complete<8>, complete<9>, complete<10>, complete<11>, complete<12>,
+#if TILE_VECTORS > 12
+    complete<13>, complete<14>,
 #endif
 };
 static const AccumulateDense ACCUMULATE_DENSE[] = {
@@ -475,6 +540,18 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
     const float *in = buffers[s.in.buffer] + s.in.offset + n0 * s.in.image + (s.mode ? 0 : group * channels * most(1, s.phases) * s.in.plane);
     float *out = buffers[s.out.buffer] + s.out.offset + n0 * s.out.image;
     const float *other = s.other.buffer < 0 ? nullptr : buffers[s.other.buffer] + s.other.offset + n0 * s.other.image;
+    const int64_t vectors = c.flat ? ceil_div(columns, LANES) : c.vectors;  // the last tile of a flat one is shorter
+    if (s.direct && !s.dense && s.activation == CLAMP && images == 1 && (s.mask || columns % LANES == 0)) {
+        const Complete run = COMPLETE[vectors];
+        const int64_t *start = c.start.data() + group * filters;
+        for (int64_t f = from; f < to; f++) {
+            const int64_t plane = group * filters + f;
+            const Finish with = {s.bias ? s.bias[plane] : 0, (float)s.low, (float)s.high, other ? other + plane * s.other.plane + x0 : nullptr,
+                                 s.mask ? s.mask + x0 : nullptr};
+            run(out + plane * s.out.plane + x0, in + x0, c.weights.data() + start[f], start[f + 1] - start[f], with);
+        }
+        return;
+    }
     float *sums = scratch.floats(many * tile + c.most_slots * c.slot_size + tile + 2 * SLACK);
     float *packed = sums + many * tile;
     for (int64_t b = 0; b < c.blocks; b++) {
@@ -497,11 +574,11 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
             }
             if (!s.dense) {
                 const int64_t at = c.start[index * filters + f], weights = c.start[index * filters + f + 1] - at;
-                if (weights) ACCUMULATE[c.vectors](sum, inputs, c.weights.data() + at, weights);
+                if (weights) ACCUMULATE[vectors](sum, inputs, c.weights.data() + at, weights);
             } else if ((f - from) % DENSE_FILTERS == DENSE_FILTERS - 1 || f == to - 1) {
                 const int64_t four = f - (f - from) % DENSE_FILTERS;
                 const int64_t offset = c.offset_start[index];
-                ACCUMULATE_DENSE[c.vectors](sums + (four - from) % many * tile, tile, inputs, c.offsets.data() + offset,
+                ACCUMULATE_DENSE[vectors](sums + (four - from) % many * tile, tile, inputs, c.offsets.data() + offset,
                                             c.values.data() + c.start[index * filters + four], c.offset_start[index + 1] - offset);
             }
             if (b < c.blocks - 1 || (s.dense && (f - from) % DENSE_FILTERS != DENSE_FILTERS - 1 && f != to - 1)) continue;
@@ -694,12 +771,18 @@ static void plane_task(const Step &s, float **buffers, int64_t task, Scratch &sc
             for (int64_t y = 0; y < s.out_height; y++) {
                 const float *from = in + (y * s.stride_h + a) * s.in.pitch + b;
                 float *row = out + p * s.out.plane + y * s.out.pitch;
-                for (int64_t x = y < rows ? columns : 0; x < s.out_width; x++) row[x] = 0;
-                if (y >= rows) continue;
-                if (s.stride_w == 2)
-                    for (int64_t x = 0; x < columns; x++) row[x] = from[2 * x];
+                if (y >= rows) {
+                    for (int64_t x = 0; x < s.out_width; x++) row[x] = 0;
+                    continue;
+                }
+                if (s.stride_w == 2 && s.mask)  // spills into the next row, which is written after it, and zeros into the border
+                    for (int64_t x = 0; x < s.out_width; x += LANES) {
+                        const vec even = evens(load(from + 2 * x), load(from + 2 * x + LANES));
+                        store(row + x, (vec)((ints)even & *(const loose_ints *)(s.mask + y * s.out.pitch + x)));
+                    }
                 else
                     for (int64_t x = 0; x < columns; x++) row[x] = from[s.stride_w * x];
+                for (int64_t x = columns; x < s.out_width; x++) row[x] = 0;
             }
         }
     } else if (s.kind == COPY) {  // reads nothing beyond its rows: the input of a network
