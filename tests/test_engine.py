@@ -235,6 +235,18 @@ def test_input_that_is_not_finite_runs_dense():
     assert network(image).isnan().any()  # infinity times a zero weight
 
 
+@pytest.mark.parametrize('size', [1, 15, 16, 100])
+def test_not_finite_numbers_are_found_anywhere(size):
+    values = torch.full([size], torch.finfo(torch.float32).max)
+    kernels = build.library()
+    assert kernels.all_finite(values.data_ptr(), size) == 1
+    for place in range(size):
+        for wrong in (math.inf, -math.inf, math.nan):
+            broken = values.clone()
+            broken[place] = wrong
+            assert kernels.all_finite(broken.data_ptr(), size) == 0
+
+
 def test_wrong_inputs_are_refused():
     model = nn.Sequential(nn.Conv2d(2, 3, 3))
     network = compiled(model, torch.randn(1, 2, 8, 8))
