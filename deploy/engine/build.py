@@ -12,7 +12,17 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name('kernels.cpp')
-OPTIONS = ['-std=c++17', '-O3', '-march=native', '-fno-signed-zeros', '-fno-trapping-math', '-fPIC', '-shared', '-pthread', '-Wno-psabi']
+OPTIONS = [
+    '-std=c++17',
+    '-O3',
+    '-march=native',
+    '-fno-signed-zeros',
+    '-fno-trapping-math',
+    '-fPIC',
+    '-shared',
+    '-pthread',
+    '-Wno-psabi',
+]
 
 CLAMP, LEAKY, HARDSWISH, HARDSIGMOID, SIGMOID, SILU, GELU, TANH, ELU, GELU_TANH = range(10)  # enum Activation of kernels.cpp
 CONV, LINEAR, MAX_POOL, AVERAGE_POOL, MEAN, POINTWISE, PAD, SPREAD, COPY, PHASES = range(10)  # enum Kind

@@ -18,6 +18,7 @@
 // is a stretch of the plane, with the border's columns in it; these are set to zero again by a mask. With strides the input is first split
 // into phases (a step of its own): plane (a, b) holds the pixels (y * stride_h + a, x * stride_w + b), and a weight reads one of them shifted.
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -325,6 +326,7 @@ struct Conv {
     std::vector<int64_t> offset_start;
     std::vector<float> values;                     // dense: [group][block][filters in fours][offset][DENSE_FILTERS]
     std::vector<int64_t> chunk;                    // first filter of each chunk, and the end
+    std::vector<int32_t> order;                    // [group][block]: the filters of each chunk, those with equally many weights together
 };
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -455,6 +457,15 @@ extern "C" void *conv_prepare(const Step *step) {
         sum += work[f];
     }
     c.chunk.push_back(filters);
+    // loops of equal length one after the other: the processor predicts their ends
+    for (int64_t i = 0; i < s.groups * c.blocks; i++) {
+        const int64_t *start = c.start.data() + i * filters;
+        for (int64_t f = 0; f < filters; f++) c.order.push_back(f);
+        const auto order = c.order.end() - filters;
+        for (size_t k = 0; k + 1 < c.chunk.size() && !s.dense; k++)
+            std::stable_sort(order + c.chunk[k], order + c.chunk[k + 1],
+                             [start](int32_t a, int32_t b) { return start[a + 1] - start[a] < start[b + 1] - start[b]; });
+    }
     return conv;
 }
 
@@ -482,6 +493,8 @@ static void pack_slot(const Step &s, const Conv &c, const Slot &slot, const floa
                 for (int64_t x = 0; x < columns; x += LANES) *(vec *)(row + x) = load(from + x);
             } else if (s.stride_w == 1) {
                 for (int64_t x = left; x < right; x++) row[x] = from[x];
+            } else if (s.stride_w == 2 && columns % LANES == 0) {
+                for (int64_t x = 0; x < right; x += LANES) store(row + x, evens(load(from + 2 * x), load(from + 2 * x + LANES)));
             } else if (s.stride_w == 2) {
                 for (int64_t x = left; x < right; x++) row[x] = from[2 * x];
             } else {
@@ -544,7 +557,8 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
     if (s.direct && !s.dense && s.activation == CLAMP && images == 1 && (s.mask || columns % LANES == 0)) {
         const Complete run = COMPLETE[vectors];
         const int64_t *start = c.start.data() + group * filters;
-        for (int64_t f = from; f < to; f++) {
+        for (int64_t k = from; k < to; k++) {
+            const int64_t f = c.order[group * filters + k];
             const int64_t plane = group * filters + f;
             const Finish with = {s.bias ? s.bias[plane] : 0, (float)s.low, (float)s.high, other ? other + plane * s.other.plane + x0 : nullptr,
                                  s.mask ? s.mask + x0 : nullptr};
@@ -566,7 +580,8 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
         } else {
             for (int64_t k = 0; k < count; k++) pack_slot(s, c, slots[k], in, images, y0, x0, packed + k * c.slot_size);
         }
-        for (int64_t f = from; f < to; f++) {
+        for (int64_t k = from; k < to; k++) {
+            const int64_t f = c.order[index * filters + k];
             float *sum = sums + (f - from) % many * tile;
             if (b == 0) {
                 const vec bias = all(s.bias ? s.bias[group * filters + f] : 0);
@@ -712,7 +727,20 @@ static void pool_plane(const Step &s, const float *in, float *out, Scratch &scra
             first = false;
             rows++;
         }
-        for (int64_t x = 0; x < s.out_width; x++) {
+        int64_t x = 0;
+        if (maximum && s.stride_w == 2 && s.dilation_w == 1 && s.activation == CLAMP) {
+            for (int64_t l = 1; l <= s.pad_w; l++) line[-l] = -INFINITY;
+            for (; x + LANES <= s.out_width && (x + LANES - 1) * 2 - s.pad_w + s.kernel_w <= s.width; x += LANES) {
+                vec value = all(-INFINITY);
+                for (int64_t j = 0; j < s.kernel_w; j++) {
+                    const float *from = line + 2 * x - s.pad_w + j;
+                    const vec next = evens(load(from), load(from + LANES));
+                    value = next > value ? next : value;
+                }
+                store(out + y * s.out.pitch + x, clamp(value, s.low, s.high));
+            }
+        }
+        for (; x < s.out_width; x++) {
             const int64_t left = x * s.stride_w - s.pad_w;
             float value = 0;
             int64_t columns = 0;

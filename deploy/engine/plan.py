@@ -18,7 +18,7 @@ LABELS |= {
     build.PHASES: 'phases',
 }
 LARGE = 1 << 40
-MOST_SPLIT = 1 << 17  # floats of an image's phases
+MOST_SPLIT = 1 << 18  # floats of an image's phases
 MOST_BORDER = 3  # a border of zeros is at most so wide; other convolutions copy what they need
 _chosen = {}  # what measuring found before, by geometry and share of non-zero weights
 
