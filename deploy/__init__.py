@@ -4,7 +4,7 @@ from deploy import shrink, pack, save, load
 small = shrink(model, example_input)
 """
 
-from .engine import sparse_compile
+from .engine import sparse_compile, write_c
 from .formats import read, write_onnx, write_pt2, write_torchscript
 from .latency import gains, measure_latency
 from .network_file import load, save
@@ -23,6 +23,7 @@ __all__ = [
     'save',
     'shrink',
     'sparse_compile',
+    'write_c',
     'write_onnx',
     'write_pt2',
     'write_torchscript',

@@ -15,7 +15,7 @@ from helpers import ROOT
 from torch import nn
 
 import archs
-from deploy import sparse_compile
+from deploy import sparse_compile, write_c
 from deploy.engine import SparseNetwork, build, plan, reference
 
 KERNELS = {
@@ -153,19 +153,26 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize('name', NETWORKS)
-def test_networks_of_archs(name):
-    channels, size = NETWORKS[name]
+@pytest.fixture(scope='module', params=NETWORKS)
+def pair(request):
+    """A network of archs/ with zeros, and the same compiled."""
+    channels, size = NETWORKS[request.param]
     torch.manual_seed(0)
-    model = sparse(archs.build(name, 10, 8 if name == 'resnet20' else None, channels, size))
-    network = compiled(model, torch.randn(1, channels, size, size))
+    model = sparse(archs.build(request.param, 10, 8 if request.param == 'resnet20' else None, channels, size), 0.95)
+    return model, compiled(model, torch.randn(1, channels, size, size))
+
+
+def test_networks_of_archs(pair):
+    model, network = pair
+    _, channels, size, _ = next(iter(network._plans))[1]
     assert not any('PyTorch' in kernel for kernel in kernels_of(network).values())
     for batch in (1, 3, 9):
         assert_equal(network, model, torch.randn(batch, channels, size, size))
-    if name == 'resnet20':
+    if size == 32:
         assert_equal(network, model, torch.randn(2, channels, size + 5, size + 2))
         network.threads = 3
         assert_equal(network, model, torch.randn(2, channels, size, size))
+        network.threads = 1
 
 
 class Everything(nn.Module):
@@ -323,6 +330,60 @@ def test_measured_choices_give_the_same_outputs():
     network = sparse_compile(model, torch.randn(1, 3, 12, 12), threads=1)
     assert_equal(network, model, torch.randn(1, 3, 12, 12))
     assert plan._chosen
+
+
+def run_c(path, image, shape):
+    """What infer() of a C file gives, compiled with cc -O3 and all warnings as errors."""
+    library = path.with_suffix('.so')
+    strict = ['-std=c99', '-O3', '-Wall', '-Wextra', '-Werror', '-Wno-unused-function']
+    subprocess.run(['cc', *strict, '-fPIC', '-shared', str(path), '-o', str(library), '-lm'], check=True)
+    out = torch.full(shape, math.nan)
+    infer = ctypes.CDLL(str(library)).infer
+    infer.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    infer(image.contiguous().data_ptr(), out.data_ptr())
+    return out
+
+
+def test_c_file_gives_the_same_outputs(pair, tmp_path):
+    model, network = pair
+    image = torch.randn(next(iter(network._plans))[1])
+    path = write_c(network, image, tmp_path / 'network.c')
+    assert_equal(lambda image: run_c(path, image, (1, 10)), model, torch.randn(image.shape))
+
+
+def test_c_file_of_an_operation_without_c(tmp_path):
+    class Rolled(nn.Module):
+        def forward(self, x):
+            return torch.roll(x, 1)
+
+    with pytest.raises(ValueError, match='write_c cannot write Rolled: it knows no C for roll'):
+        write_c(Rolled(), torch.ones(2, 3), tmp_path / 'network.c')
+    assert not (tmp_path / 'network.c').exists()
+
+
+class Known(nn.Module):
+    """What write_c knows besides the networks of archs/."""
+
+    def __init__(self):
+        super().__init__()
+        self.reflect = nn.Conv2d(3, 8, 3, padding=1, padding_mode='reflect')
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+        self.squeeze = nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1, groups=2)
+        self.head = nn.Linear(54, 5)
+
+    def forward(self, x):
+        x = F.gelu(self.depthwise(F.silu(self.reflect(x))))
+        x = x * torch.sigmoid(self.squeeze(x.mean((2, 3), keepdim=True)))
+        x = F.adaptive_avg_pool2d(F.hardswish(self.up(x)), 3)
+        return self.head(x.flatten(1))
+
+
+def test_c_file_of_other_operations(tmp_path):
+    torch.manual_seed(0)
+    model = sparse(Known(), 0.5)
+    path = write_c(model, torch.randn(9, 3, 6, 6), tmp_path / 'network.c')
+    assert_equal(lambda image: run_c(path, image, (9, 5)), model, torch.randn(9, 3, 6, 6))
 
 
 def library_path(name):

@@ -5,9 +5,11 @@ graph.py      the network as torch.export reads it
 lower.py      its operations as steps of the engine
 plan.py       buffers, prepared weights and measured choices for one input shape
 compile.py    sparse_compile, what a user calls
+c_file.py     write_c: a network as one C99 file
 reference.py  the plain loops in float64
 """
 
+from .c_file import write_c
 from .compile import SparseNetwork, sparse_compile
 
-__all__ = ['SparseNetwork', 'sparse_compile']
+__all__ = ['SparseNetwork', 'sparse_compile', 'write_c']

@@ -81,15 +81,8 @@ class SparseNetwork(nn.Module):
 
     def _make_plan(self, inputs, threads):
         expected = self.model(*inputs)  # an input that the network refuses is refused here, in its own words
-        shapes = [value.shape for value in inputs]
         try:
-            graph = next((graph for graph in self._graphs if graph.takes(shapes)), None)
-            if graph is None:
-                graph = Graph(self.model, inputs)
-                if not graph.takes(shapes):  # an axis of size 1 was read as 2
-                    raise GraphError(f'{type(self.model).__name__} cannot be read for inputs of the shapes {shapes}')
-                self._graphs.append(graph)
-            plan = Plan(graph, inputs, threads, self.measure)
+            plan = Plan(self.graph(*inputs), inputs, threads, self.measure)
             result = plan.run(inputs)
         except GraphError as error:
             return str(error)
@@ -98,6 +91,17 @@ class SparseNetwork(nn.Module):
         if self.measure and self._is_slower(plan, inputs):
             return 'PyTorch is faster'
         return plan
+
+    def graph(self, *inputs):
+        """The graph of the network for inputs of these shapes, read once. Raises GraphError."""
+        shapes = [value.shape for value in inputs]
+        found = next((graph for graph in self._graphs if graph.takes(shapes)), None)
+        if found is None:
+            found = Graph(self.model, inputs)
+            if not found.takes(shapes):  # an axis of size 1 was read as 2
+                raise GraphError(f'{type(self.model).__name__} cannot be read for inputs of the shapes {shapes}')
+            self._graphs.append(found)
+        return found
 
     def _is_slower(self, plan, inputs):
         """Whether PyTorch runs the network faster: the best of rounds in turn, which other programs disturb least."""

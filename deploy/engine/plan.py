@@ -72,25 +72,28 @@ def plain_strides(shape):
 class Plan:
     """Everything for inputs of one shape, on so many threads.
 
-    run(inputs) gives the network's output, or None when an input holds NaN or infinity.
+    run(inputs) gives the network's output, or None when an input holds NaN or infinity. plain: only the steps, without borders, phases and
+    prepared weights, for write_c.
     """
 
-    def __init__(self, graph, inputs, threads, measure=True):
+    def __init__(self, graph, inputs, threads, measure=True, plain=False):
         self.graph = graph
         self.threads = threads
-        self.kernels = build.library()
+        self.plain = plain
+        self.kernels = None if plain else build.library()
         self.found, self.known = graph.shapes(inputs)
         lowering = Lowering(graph, self.found, self.known)
         self.works = lowering.works
         self.root_of = lowering.root_of
         self.handles = []
         self._add_input_copies()
-        self._split_strides()
+        if not plain:
+            self._split_strides()
         self._make_values()
         self._place_buffers()
         self._fill_steps()
         for work in self.works:
-            if work.step is not None and work.step.kind in PREPARED:
+            if work.step is not None and work.step.kind in PREPARED and not plain:
                 self._prepare(work, measure)
         self._make_segments()
 
@@ -159,7 +162,7 @@ class Plan:
         for work in engine:
             if work.step is not None and (work.step.kind == build.LINEAR or work.step.kind == build.CONV and work.step.mode):
                 plain |= {work.node, *work.sources}
-        borders = self._borders()
+        borders = {} if self.plain else self._borders()
         self.values = {}
         for node in [node for work in engine for node in (work.node, *work.sources)]:
             shape = self.found[node].shape
