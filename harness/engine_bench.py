@@ -1,0 +1,197 @@
+"""How fast zeros run: the sparse engine beside dense engines, each in a process of its own.
+
+Several engines in one process disturb one another (threads that spin, caches), so every engine waits in its own process, and blocks of
+calls are timed in turn: all engines, ROUNDS rounds, median of the medians of blocks. The parent asks, the workers answer, one at a time.
+
+python bench.py sparse                              the table
+python -m harness.engine_bench ENGINE NETWORK BATCH THREADS      one worker: a line on standard input is answered by milliseconds
+"""
+
+import importlib.util
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import archs
+from deploy import sparse_compile, write_onnx
+from deploy.files import read_published
+from sparse_utils import count_macs
+
+from .published import WEIGHTS, rebuild
+
+ROUNDS = 5
+SECONDS = 0.3  # of a block
+OURS = 'sparse engine'
+PUBLISHED = {
+    'feather-90': 'ResNet-20, feather-90',
+    'feather-98': 'ResNet-20, feather-98',
+    'st3-sigma-98': 'ResNet-20, st3-sigma-98',
+}
+# ResNet-50 with zeros placed so that as many multiply-accumulates are left as ST-3 and ST-3-sigma leave: sparsity, million MACs
+PLACED = {'resnet50-90-764': (0.90, 764), 'resnet50-95-436': (0.95, 436), 'resnet50-98-220': (0.98, 220)}
+PLACED |= {'resnet50-90-397': (0.90, 397), 'resnet50-98-116': (0.98, 116)}
+RANDOM = {'vgg16': 0.95, 'mobilenet_v1': 0.95, 'wrn16_8': 0.95, 'densenet': 0.95}
+CASES = [(name, batch) for batch in (1, 16) for name in PUBLISHED] + [(name, 1) for name in (*PLACED, *RANDOM)]
+
+
+def place_zeros(model, sparsity, macs, example):
+    """Zero the weights of all layers but the first where |w| / std(layer) * fan_in ** a is smallest.
+
+    a is found by bisection, so that `macs` million multiply-accumulates are left.
+    """
+    dense = count_macs(model, example)
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))][1:]
+    fixed = sum(left for _, left in dense.values()) - sum(dense[name][0] for name, _ in layers)
+    each = torch.cat([torch.full([layer.weight.numel()], dense[name][0] / layer.weight.numel()) for name, layer in layers])
+    size = torch.cat([(layer.weight.abs() / layer.weight.std()).flatten() for _, layer in layers]).detach()
+    fan_in = torch.cat([torch.full([layer.weight.numel()], float(layer.weight[0].numel())) for _, layer in layers])
+    kept = round(len(size) * (1 - sparsity))
+    low, high = -2.0, 2.0  # the larger a, the more weights stay in the late layers, whose images are small
+    for _ in range(20):
+        a = (low + high) / 2
+        mask = torch.zeros(len(size), dtype=torch.bool)
+        mask[(size * fan_in**a).topk(kept).indices] = True
+        left = fixed + each[mask].sum().item()
+        low, high = (a, high) if left > macs * 1e6 else (low, a)
+    with torch.no_grad():
+        for (_, layer), part in zip(layers, mask.split([layer.weight.numel() for _, layer in layers]), strict=True):
+            layer.weight *= part.view_as(layer.weight)
+    return model
+
+
+def network(name):
+    """(the network in eval mode, an example image)."""
+    torch.manual_seed(0)
+    if name in PUBLISHED:
+        model, _ = rebuild(*read_published(WEIGHTS / 'cifar10_10ep' / f'{name}-s0.pt'))
+        return model.to(memory_format=torch.contiguous_format), torch.randn(1, 3, 32, 32)
+    if name in PLACED:
+        example = torch.randn(1, 3, 224, 224)
+        return place_zeros(archs.build('resnet50', 1000).eval(), *PLACED[name], example), example
+    model = archs.build(name, 10).eval()
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.weight *= torch.rand_like(layer.weight) > RANDOM[name]
+    return model, torch.randn(1, 3, 32, 32)
+
+
+def runner(engine, model, images, threads):
+    """A function that runs the network once."""
+    if engine == OURS:
+        compiled = sparse_compile(model, images, threads)
+        return lambda: compiled(images)
+    if engine == 'PyTorch':
+        return lambda: model(images)
+    if engine == 'channels-last':
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+        return lambda: model(images)
+    if engine == 'torch.compile':
+        compiled = torch.compile(model)
+        return lambda: compiled(images)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'network.onnx')
+        write_onnx(model, torch.cat([images, images]), path)
+        if engine == 'ONNX Runtime':
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+            return lambda: session.run(None, {'input': images.numpy()})
+        import openvino
+
+        settings = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY'}
+        core = openvino.Core()
+        description = core.read_model(path)
+        description.reshape({'input': list(images.shape)})
+        request = core.compile_model(description, 'CPU', settings).create_infer_request()
+        return lambda: request.infer({'input': images.numpy()})
+
+
+def engines():
+    """The engines that are installed; the sparse one last."""
+    found = ['PyTorch', 'channels-last', 'torch.compile']
+    for name, package in (('ONNX Runtime', 'onnxruntime'), ('OpenVINO', 'openvino')):
+        if all(importlib.util.find_spec(module) for module in (package, 'onnx', 'onnxscript')):
+            found.append(name)
+    return [*found, OURS]
+
+
+@torch.no_grad()
+def work(engine, name, batch, threads):
+    """A worker: build the network, say so, then time a block of calls for each line on standard input."""
+    torch.set_num_threads(threads)
+    model, example = network(name)
+    run = runner(engine, model, example.repeat(batch, 1, 1, 1), threads)
+    for _ in range(3):
+        run()
+    print('ready', flush=True)
+    for _ in sys.stdin:
+        times = []
+        began = time.perf_counter()
+        while not times or time.perf_counter() - began < SECONDS:
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        print(1000 * statistics.median(times), flush=True)
+
+
+def measure(name, batch, threads, chosen=None, rounds=ROUNDS):
+    """{engine: milliseconds} of a network: the median over the rounds of each block's median."""
+    workers, blocks = {}, {}
+    try:
+        for engine in chosen or engines():
+            command = [sys.executable, '-m', 'harness.engine_bench', engine, name, str(batch), str(threads)]
+            pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+            workers[engine] = subprocess.Popen(command, cwd=WEIGHTS.parents[1], stderr=subprocess.DEVNULL, **pipes)
+            if _answer(workers[engine]) != 'ready':  # one at a time, so that nothing else is measured or compiled meanwhile
+                raise RuntimeError(
+                    f'the worker of {engine} ended before it was ready: run it alone to see why: {" ".join(command)}'
+                )
+            blocks[engine] = []
+        for _ in range(rounds):
+            for engine, worker in workers.items():
+                worker.stdin.write('go\n')
+                worker.stdin.flush()
+                blocks[engine].append(float(_answer(worker)))
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+    return {engine: statistics.median(values) for engine, values in blocks.items()}
+
+
+def _answer(worker):
+    """The next line that is meant for the parent; engines print other things too."""
+    for line in worker.stdout:
+        text = line.strip()
+        if text == 'ready' or text.replace('.', '', 1).replace('e-', '', 1).isdigit():
+            return text
+    return None
+
+
+def bench_sparse(device, repeats, names, say=print, cases=None):
+    """The table of `python bench.py sparse`: milliseconds of each engine, and the ratio to the fastest dense one."""
+    threads = torch.get_num_threads()
+    chosen = engines()
+    missing = [name for name in ('ONNX Runtime', 'OpenVINO') if name not in chosen]
+    say(f'\nmilliseconds, {threads} thread(s), float32; each engine in a process of its own')
+    if missing:
+        say(f'  not measured, not installed: {", ".join(missing)}')
+    for name, batch in cases or CASES:
+        times = measure(name, batch, threads, chosen)
+        dense = {engine: ms for engine, ms in times.items() if engine != OURS}
+        fastest = min(dense, key=dense.get)
+        row = '  '.join(f'{engine} {ms:.3f}' for engine, ms in times.items())
+        say(f'  {name}, batch {batch}: {row}  -> {dense[fastest] / times[OURS]:.2f}x of {fastest}')
+
+
+if __name__ == '__main__':
+    work(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
