@@ -7,7 +7,15 @@ import torch
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-INPLACE = {'add_': 'add', 'mul_': 'mul', 'relu_': 'relu', 'hardtanh_': 'hardtanh', 'leaky_relu_': 'leaky_relu', 'silu_': 'silu'}
+INPLACE = {
+    'add_': 'add',
+    'mul_': 'mul',
+    'relu_': 'relu',
+    'dropout_': 'dropout',
+    'hardtanh_': 'hardtanh',
+    'leaky_relu_': 'leaky_relu',
+    'silu_': 'silu',
+}
 INPLACE |= {'hardswish_': 'hardswish', 'hardsigmoid_': 'hardsigmoid', 'sigmoid_': 'sigmoid', 'elu_': 'elu', 'relu6_': 'relu6'}
 
 
@@ -24,7 +32,7 @@ class Graph:
     """
 
     def __init__(self, model, inputs):
-        free = tuple({axis: Dim.AUTO for axis in range(value.dim())} for value in inputs)
+        free = tuple({0: Dim.AUTO} if value.dim() else {} for value in inputs)  # the other axes are as given
         twice = tuple(torch.cat([value, value]) if value.dim() and len(value) == 1 else value for value in inputs)
         try:
             with torch.no_grad():

@@ -803,7 +803,8 @@ static void plane_task(const Step &s, float **buffers, int64_t task, Scratch &sc
                     for (int64_t x = 0; x < s.out_width; x++) row[x] = 0;
                     continue;
                 }
-                if (s.stride_w == 2 && s.mask)  // spills into the next row, which is written after it, and zeros into the border
+                const bool inside = y * s.out.pitch + round_up(s.out_width, LANES) <= s.out.plane;  // or it would spill into another task's plane
+                if (s.stride_w == 2 && s.mask && inside)  // spills into the next row, which is written after it, and zeros into the border
                     for (int64_t x = 0; x < s.out_width; x += LANES) {
                         const vec even = evens(load(from + 2 * x), load(from + 2 * x + LANES));
                         store(row + x, (vec)((ints)even & *(const loose_ints *)(s.mask + y * s.out.pitch + x)));
