@@ -111,7 +111,12 @@ def compile_kernels(options=(), folder=None):
 @cache
 def library():
     """The compiled kernels. SPARSE_ENGINE_KERNELS names a library to load instead, for tests. Raises CompilerError."""
-    kernels = ctypes.CDLL(os.environ.get('SPARSE_ENGINE_KERNELS') or str(compile_kernels()))
+    return load(os.environ.get('SPARSE_ENGINE_KERNELS') or compile_kernels())
+
+
+def load(path):
+    """A library of kernels with the types of its functions. Raises CompilerError when it was built from another source."""
+    kernels = ctypes.CDLL(str(path))
     for name in ('conv', 'linear'):
         prepare = getattr(kernels, f'{name}_prepare')
         prepare.argtypes = [ctypes.POINTER(Step)]
