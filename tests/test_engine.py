@@ -372,6 +372,34 @@ def test_c_file_of_an_operation_without_c(tmp_path):
     assert not (tmp_path / 'network.c').exists()
 
 
+def test_operations_in_place():
+    """Later readers see the change, as PyTorch's do; a change through a view is left to PyTorch."""
+
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3, padding=1)
+            self.body = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(0.5, inplace=True))
+
+        def forward(self, x):
+            x = self.conv(x)
+            y = x.relu_()
+            x += 1
+            return self.body(x * y)
+
+    class ThroughView(nn.Module):
+        def forward(self, x):
+            x = x * 2
+            x[:, 0] += 1
+            return x
+
+    model = sparse(InPlace(), 0.5)
+    network = compiled(model, torch.randn(1, 2, 5, 5))
+    assert_equal(network, model, torch.randn(1, 2, 5, 5))
+    network = compiled(ThroughView(), torch.ones(1, 2))
+    assert torch.equal(network(torch.ones(1, 2)), torch.tensor([[3.0, 2.0]]))
+
+
 class Known(nn.Module):
     """What write_c knows besides the networks of archs/."""
 

@@ -74,7 +74,14 @@ class Graph:
             if name.endswith('_') and not name.endswith('__'):
                 changed = node.args[0]
                 views = [changed, *changed.users] if operation(changed) not in VIEWS else [changed]
-                if name not in INPLACE or any(operation(view) in VIEWS for view in views) or changed in self.inputs:
+                asleep = name == 'dropout_' and not node.args[2]  # changes nothing
+                if (
+                    name not in INPLACE
+                    or not asleep
+                    and any(operation(view) in VIEWS for view in views)
+                    or not asleep
+                    and changed in self.inputs
+                ):
                     raise GraphError(f'{node.target} changes a tensor in place in a way that the engine cannot follow')
                 node.target = getattr(torch.ops.aten, INPLACE[name]).__getattr__(node.target._overloadname)
                 replaced[changed] = node
