@@ -1,11 +1,7 @@
 """What the kernels compute, in float64 and as plain loops: slow, and compared with in tests."""
 
-import math
-
 import torch
 import torch.nn.functional as F
-
-from . import build
 
 
 def convolution(image, weight, bias, stride, padding, dilation, groups):
@@ -25,23 +21,3 @@ def convolution(image, weight, bias, stride, padding, dilation, groups):
             columns = slice(j * dilation[1], j * dilation[1] + (width - 1) * stride[1] + 1, stride[1])
             out[:, f] += weight[f, channel, i, j] * image[:, first_channel + channel, rows, columns]
     return out
-
-
-def activation(values, kind, low=0.0, high=math.inf):
-    """The activations of kernels.cpp."""
-    if kind == build.CLAMP:
-        return values.clamp(low, high)
-    if kind == build.LEAKY:
-        return torch.where(values < 0, values * low, values)
-    if kind == build.ELU:
-        return torch.where(values > 0, values, low * torch.expm1(values))
-    functions = {
-        build.HARDSWISH: F.hardswish,
-        build.HARDSIGMOID: F.hardsigmoid,
-        build.SIGMOID: torch.sigmoid,
-        build.SILU: F.silu,
-        build.GELU: F.gelu,
-        build.TANH: torch.tanh,
-        build.GELU_TANH: lambda x: F.gelu(x, approximate='tanh'),
-    }
-    return functions[kind](values)
