@@ -6,6 +6,7 @@
     python bench.py amp                      --amp, --channels-last and both against the plain step
     python bench.py criteria                 the masks of NNI's pruners for torchvision's ResNet-50, from construction to zeros
     python bench.py pack                     networks packed by Dynamic Structure Pruning's masks against the dense ones
+    python bench.py sparse                   networks with zeros in the sparse engine against dense engines
     python bench.py memory                   peak memory of a training step of ResNet-50 against the dense step's
     ... --threads 2 --device cpu --repeats 60 --methods feather st3 --record
 
@@ -32,6 +33,7 @@ import archs
 import methods
 from args import parse
 from deploy import fold, pack
+from harness import engine_bench
 from harness.result import hardware
 from harness.side_by_side import blocks_in_turn
 from harness.training import make_optimizer, one_step
@@ -240,6 +242,10 @@ def bench_memory(device, repeats, names):
         say(f'  {name:<34} {peak / 2**20:9.1f} MiB  {peak / peaks["dense"]:7.2f}x the memory')
 
 
+def bench_sparse(device, repeats, names):
+    engine_bench.bench_sparse(device, repeats, names, say=say)
+
+
 def training_methods():
     """The methods that train in one stage, and those whose first stage is more than dense training: they change the step."""
     single = [name for name in methods.names() if methods.load(name).run is methods.Method.run]
@@ -247,7 +253,7 @@ def training_methods():
 
 
 BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp, 'criteria': bench_criteria}
-BENCHES |= {'pack': bench_pack, 'memory': bench_memory}
+BENCHES |= {'pack': bench_pack, 'memory': bench_memory, 'sparse': bench_sparse}
 
 
 def main():
