@@ -15,8 +15,7 @@ from torch import nn
 
 import archs
 import main as program
-from deploy import formats, latency, network_file, outputs
-from deploy import shrinking as module
+from deploy import cutting, formats, latency, network_file, outputs
 from deploy.latency import measure_latency
 from deploy.shrinking import dependency_groups, rebuild_optimizer, shrink, take
 from harness.rebuild import rebuild_run
@@ -148,7 +147,19 @@ def test_pooling_keeps_a_constant_except_over_padding_with_zeros(pool, kept):
     assert_same(net, small, x)
 
 
-@pytest.mark.parametrize('layer', [*module.POINTWISE, *module.SPATIAL, *module.PADDED])
+POINTWISE = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid),
+    *(nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus),
+)
+SPATIAL = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.ReflectionPad2d, nn.ReplicationPad2d),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.ZeroPad2d),
+)
+
+
+@pytest.mark.parametrize('layer', [*POINTWISE, *SPATIAL])
 def test_every_layer_that_lets_channels_pass_makes_of_a_constant_what_was_foreseen(layer):
     arguments = {'Adaptive': (3,), 'MaxPool': (2,), 'AvgPool': (2,), 'Upsample': (6,), 'Pad2d': (1,)}
     layer = layer(*next((value for key, value in arguments.items() if key in layer.__name__), ()))
@@ -394,7 +405,7 @@ def test_outputs_are_compared_before_a_network_is_given_out(monkeypatch):
     net = seeded(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
     zero(net[0], [0])
     net[0].bias.data[0] = 1
-    monkeypatch.setattr(module, '_absorb', lambda reader, keep: None)
+    monkeypatch.setattr(cutting, '_absorb', lambda network, decision, reader: {})
     with pytest.raises(ValueError, match='would differ by .* of the largest output'):
         shrink(net, torch.zeros(1, 3, 6, 6))
 
