@@ -64,8 +64,9 @@ def uniform(node, args, shape):
         image = values.view(1, -1, *[1] * (len(shape) - 2)).expand(1, len(values), *shape[2:]).contiguous()
         others = {name: value for name, value in args.items() if not isinstance(value, fx.Node)}
         result = call(node.target, others | {key: image} | {n: None for n in args if n not in others and n != key})
-        result = result.reshape(len(values), -1)
-        even = torch.where((result == result[:, :1]).all(1), result[:, 0], math.nan)
+        result = (result if torch.is_tensor(result) else result[0]).reshape(len(values), -1)
+        spread = result.amax(1) - result.amin(1)  # a mean may be rounded
+        even = torch.where(spread <= 1e-12 * result.abs().amax(1), result[:, 0], math.nan)
         places = torch.searchsorted(values, constants.nan_to_num(0.0)).clamp(max=len(values) - 1)
         return torch.where(constants.isnan(), math.nan, even[places])
 

@@ -19,7 +19,8 @@ SUMMING = 'mean sum amax amin max min var std norm linalg_vector_norm logsumexp 
 SOFTMAX = 'softmax log_softmax _softmax _log_softmax cumsum cumprod sort'.split()
 SPATIAL = (
     'max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d'
-    ' adaptive_avg_pool3d _adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d'
+    ' adaptive_avg_pool3d _adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d'
+    ' max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d'
     ' upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact2d reflection_pad1d reflection_pad2d'
     ' reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _upsample_bilinear2d_aa'
 ).split()
@@ -109,10 +110,12 @@ def spatial(channels, node, args):
     """Over the positions of a channel: pooling, interpolation, padding. What it makes of a constant is tried."""
     source = first(args)
     shadow, shape = channels.shadow(source), shape_of(source)
-    out = shape_of(node)
+    value = node.meta['val']
+    out = shape_of(value if torch.is_tensor(value) else value[0])
     if len(out) != len(shape) or out[:2] != shape[:2] or any(size > 1 for size in shadow.shape[2:]):
         return None
-    return channels.each(node, [(shadow, shadow)], shadow.shape, constants.uniform(node, args, shape))
+    result = channels.each(node, [(shadow, shadow)], shadow.shape, constants.uniform(node, args, shape))
+    return result if torch.is_tensor(value) else [result, *(torch.full([1] * len(out), -1) for _ in value[1:])]
 
 
 def batch_norm(channels, node, args):
