@@ -33,13 +33,33 @@ def pointwise(node, args):
         if prelu:
             result = torch.where(constants[0] < 0, constants[0] * constants[1], constants[0])
         else:
-            given = {name: c.nan_to_num(0.0).clone() for name, c in zip(names, constants, strict=True)}
+            given = {name: _typed(args[name], c.nan_to_num(0.0).clone()) for name, c in zip(names, constants, strict=True)}
             result = call(target, args | given).double()
         result = torch.where(unknown, math.nan, result)
         if product:
             zero = torch.stack([c == 0 for c in constants]).any(0)
             result = torch.where(zero, 0.0, result)
         return result
+
+    return function
+
+
+def _typed(node, values):
+    """Numbers in the type of a traced tensor, where that is not a floating one."""
+    dtype = node.meta['val'].dtype
+    return values if dtype.is_floating_point else values.to(dtype)
+
+
+def along(node, args, shape, dim):
+    """constants -> what an operation over one dimension makes of them, NaN where that differs along the dimension."""
+
+    def function(constants):
+        full = constants.expand([shape[d] if d == dim else size for d, size in enumerate(constants.shape)])
+        result = call(node.target, {name: full if isinstance(value, fx.Node) else value for name, value in args.items()})
+        result = (result if torch.is_tensor(result) else result[0]).double()
+        first = result.narrow(dim, 0, 1)
+        even = ((result - first).abs() <= 1e-12 * first.abs()).all(dim, keepdim=True)
+        return torch.where(even, first, math.nan)
 
     return function
 

@@ -92,7 +92,11 @@ class Reader:
 
     def read(self, keep):
         """Bool [in]: inputs on which a filter that is kept has a weight that is not zero."""
-        return (self.step.reads & keep[self.filters].view(self.groups, -1, 1)).any(1).view(-1)
+        filters, step = keep[self.filters].view(self.groups, -1, 1), self.step
+        if step.rectangle is not None:  # the weights that are not zero are whole rows and columns, as filter pruners leave them
+            rows, columns = step.rectangle
+            return (columns & (filters & rows).any(1, keepdim=True)).view(-1)
+        return (step.reads & filters).any(1).view(-1)
 
     def keep_carrier(self, keep):
         """Where constants meet zero padding, keep one of them in each group, the largest, to stand for the others."""

@@ -269,6 +269,8 @@ def padded(channels, node, args):
             sizes = [size if k == d else n for k, n in enumerate(shadow.shape)]
             rows.append(channels.new(sizes, torch.full(sizes, float(value))))
             channels.pin(rows[-1], node)
+            if value == 0:
+                channels.zeros.append(rows[-1])
         shadow = torch.cat([rows[0], shadow, rows[1]], d)
     return shadow
 

@@ -166,10 +166,12 @@ def normalised_whole(channels, node, args):
 
 
 def normalised(channels, node, args):
-    """Softmax and sums along one dimension need all of it."""
-    shadow = channels.shadow(args['self'])
-    out = channels.each(node, [(shadow, shadow)], shadow.shape, constants.unknown)
-    moves.whole(channels, shadow, args['dim'] % max(shadow.dim(), 1), node)
+    """Softmax and sums along one dimension: where that is followed, all of it is needed."""
+    shadow, shape = channels.shadow(args['self']), shape_of(args['self'])
+    dim = args['dim'] % max(shadow.dim(), 1)
+    function = constants.along(node, args, shape, dim) if shadow.shape[dim] == 1 else constants.unknown
+    out = channels.each(node, [(shadow, shadow)], shadow.shape, function)
+    moves.whole(channels, shadow, dim, node)
     value = node.meta['val']
     return out if torch.is_tensor(value) else [out for _ in value]
 

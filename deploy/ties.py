@@ -34,7 +34,8 @@ class Mix(NamedTuple):
 
     weight, bias: their dotted names, or None. swapped: whether the weight is [in, out, ...], as transposed convolutions have it.
     padded: whether zero padding makes a constant input a varying one. reads: bool [groups, O / groups, I / groups], the weights
-    that are not zero. depthwise: whether each filter goes and stays with its one input.
+    that are not zero. rectangle: (rows [groups, O / groups, 1], columns [groups, 1, I / groups]) where these are all the weights
+    of some rows and columns, else None. depthwise: whether each filter goes and stays with its one input.
     """
 
     node: object
@@ -47,6 +48,7 @@ class Mix(NamedTuple):
     padded: bool
     depthwise: bool
     reads: torch.Tensor
+    rectangle: tuple
 
 
 class Each(NamedTuple):
@@ -79,7 +81,7 @@ class Channels:
         self.program = program
         self.constants, self.count = torch.empty(0, dtype=torch.float64), 0
         self.shadows, self.origin, self.guesses = {}, {}, {}
-        self.steps, self.pins, self.blocks, self.reasons = [], [], [], []
+        self.steps, self.pins, self.blocks, self.reasons, self.zeros = [], [], [], [], []
         self.weights, self.bare, self.uses = {}, {}, {}
         self.edges = []
         with torch.no_grad():
@@ -269,7 +271,8 @@ class Channels:
         name, bias_name = names[weight], names.get(bias)
         rows = _rows(tensors[name].detach(), swapped)
         reads = (rows != 0).flatten(2).any(2) if rows.dim() > 2 else rows != 0
-        step = Mix(node, name, bias_name, None, inputs, groups, swapped, padded, depthwise, reads.view(groups, -1, rows.shape[1]).cpu())
+        reads = reads.view(groups, -1, rows.shape[1]).cpu()
+        step = Mix(node, name, bias_name, None, inputs, groups, swapped, padded, depthwise, reads, _rectangle(reads))
         out = self.new([len(rows)], self.emitted(step, self.constant(inputs), bias))
         self.own(name, 1 if swapped else 0, out)
         if depthwise:
@@ -311,6 +314,12 @@ class Channels:
 def _rows(weight, swapped):
     """The weight as [out, in / groups, ...]."""
     return weight.transpose(0, 1) if swapped else weight
+
+
+def _rectangle(reads):
+    """(rows, columns) where exactly the weights of these rows and columns are not zero, else None."""
+    rows, columns = reads.any(2, keepdim=True), reads.any(1, keepdim=True)
+    return (rows, columns) if torch.equal(reads, rows & columns) else None
 
 
 def _has_tensors(value):
