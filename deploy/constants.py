@@ -67,7 +67,10 @@ def along(node, args, shape, dim):
 def call(target, args):
     """An operation with its arguments by the names of the schema."""
     schema = target._schema.arguments
-    args = {a.name: float(args[a.name]) if isinstance(args[a.name], bool) and 'Scalar' in str(a.type) else args[a.name] for a in schema}
+    args = {
+        a.name: float(args[a.name]) if isinstance(args[a.name], bool) and 'Scalar' in str(a.type) else args[a.name]
+        for a in schema
+    }
     plain = [args[argument.name] for argument in schema if not argument.kwarg_only]
     named = {argument.name: args[argument.name] for argument in schema if argument.kwarg_only}
     return target(*plain, **named)

@@ -61,7 +61,9 @@ def plain_copy(model):
         if parametrize.is_parametrized(module):
             raise ValueError(f'layer {name or type(model).__name__} is parametrized: turn it into a plain layer first')
         if any(hook.__class__.__name__ in ('WeightNorm', 'SpectralNorm') for hook in module._forward_pre_hooks.values()):
-            raise ValueError(f'layer {name} computes its weight anew in each forward: remove weight_norm or spectral_norm first')
+            raise ValueError(
+                f'layer {name} computes its weight anew in each forward: remove weight_norm or spectral_norm first'
+            )
     try:
         network = copy.deepcopy(model)
     except RuntimeError as error:  # a weight that is computed from others, as torch.nn.utils.prune leaves it
@@ -170,7 +172,9 @@ def _is_written(argument):
 
 def shares(node):
     """Whether the result may lie in the memory of the first argument."""
-    return node.target is operator.getitem or getattr(node.target, 'is_view', False) or name_of(node) in ('contiguous', 'reshape')
+    return (
+        node.target is operator.getitem or getattr(node.target, 'is_view', False) or name_of(node) in ('contiguous', 'reshape')
+    )
 
 
 def name_of(node):

@@ -30,7 +30,10 @@ def convolutions(channels):
 
 def norms_behind(channels):
     """{name of a convolution: name of the batch norm that takes its output, and nothing else, and is all that takes it}."""
-    found, norms = {}, {step.node: norm_of(channels, step) for step in channels.steps if isinstance(step, Each) and is_norm(step)}
+    found, norms = (
+        {},
+        {step.node: norm_of(channels, step) for step in channels.steps if isinstance(step, Each) and is_norm(step)},
+    )
     for step in channels.steps:
         if _is_conv(step) and len(step.node.users) == 1 and channels.uses[step.weight] == 1:
             norm = norms.get(next(iter(step.node.users)))

@@ -283,7 +283,9 @@ def pixel_shuffle(channels, node, args):
     blocks = shadow.view(-1, factor * factor)
     channels.guesses[node] = shadow
     channels.tie(blocks, blocks[:, :1])
-    out = channels.each(node, [(blocks[:, k : k + 1], blocks[:, k : k + 1]) for k in range(factor * factor)], [len(blocks), 1], constants.alike)
+    out = channels.each(
+        node, [(blocks[:, k : k + 1], blocks[:, k : k + 1]) for k in range(factor * factor)], [len(blocks), 1], constants.alike
+    )
     return out.view(1, -1, 1, 1)
 
 

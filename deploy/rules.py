@@ -88,7 +88,9 @@ def pointwise(channels, node, args):
     out = [max(shadow.shape[d] for shadow in seen) for d in range(len(shape))]
     for d, size in enumerate(out):
         if size > 1 and any(own[d] == shape[d] and bool((shadow < 0).all()) for own, shadow in zip(sizes, seen, strict=True)):
-            stranger = next(s for s, own, shadow in zip(sources, sizes, seen, strict=True) if own[d] == shape[d] and (shadow < 0).all())
+            stranger = next(
+                s for s, own, shadow in zip(sources, sizes, seen, strict=True) if own[d] == shape[d] and (shadow < 0).all()
+            )
             for shadow in seen:
                 channels.pin(shadow, node if stranger not in channels.origin else channels.origin[stranger])
     tied = [all(own[d] == shape[d] or out[d] == 1 for d in range(len(shape))) for own in sizes]
@@ -202,9 +204,11 @@ def reduced(channels, node, args):
         result = result if torch.is_tensor(result) else result[0]
         return result.double().reshape(out_shape)
 
-    out = channels.each(node, [(shadow, shadow)], out_shape, function) if all(
-        shadow.shape[d] == 1 for d in dims
-    ) else _merged(channels, node, shadow, out_shape, function)
+    out = (
+        channels.each(node, [(shadow, shadow)], out_shape, function)
+        if all(shadow.shape[d] == 1 for d in dims)
+        else _merged(channels, node, shadow, out_shape, function)
+    )
     if not args.get('keepdim', False):
         out = out.view([size for d, size in enumerate(out_shape) if d not in dims])
     return out if torch.is_tensor(value) else [out, torch.full([1] * out.dim(), -1)]
@@ -249,7 +253,11 @@ def _computed_weight(channels, node, args, inputs, filters):
         channels.tie(shadow.flatten(), out)
         dead = channels.constant(shadow.flatten()) == 0
         bias = args['bias']
-        known = channels.constant(channels.shadow(bias)).flatten() if bias is not None else torch.zeros(filters, dtype=torch.float64)
+        known = (
+            channels.constant(channels.shadow(bias)).flatten()
+            if bias is not None
+            else torch.zeros(filters, dtype=torch.float64)
+        )
         channels.constants[out] = torch.where(dead, known, math.nan)
     else:
         channels.pin(shadow, node)

@@ -31,16 +31,11 @@ from torch import nn
 
 from .cutting import Kept, cut, take
 from .decisions import Decision
-from .graph import line_of, place_of, plain_copy, read_program, reason, unwrapped
+from .graph import line_of, place_of, plain_copy, reason, unwrapped
 from .outputs import TOLERANCE, change_tensors, difference, run
-from .ties import Channels, Mix
+from .ties import Mix, read_channels
 
-__all__ = ['Kept', 'dependency_groups', 'read_channels', 'rebuild_optimizer', 'shrink', 'take']
-
-
-def read_channels(model, example_input):
-    """The Channels of a model, which is left as it is. Raises ValueError where torch.export cannot read it."""
-    return Channels(read_program(plain_copy(model), example_input))
+__all__ = ['Kept', 'dependency_groups', 'rebuild_optimizer', 'shrink', 'take']
 
 
 def shrink(model, example_input, round_to=1, return_kept=False):
@@ -76,7 +71,9 @@ def shrink(model, example_input, round_to=1, return_kept=False):
 
 def _trial(base, small, noise, expected, channels, decision):
     """([operations to blame], what is wrong): (.., None) where the smaller network computes the same."""
-    cut_guesses = [node for node, shadow in channels.guesses.items() if not decision.keep[channels.classes[shadow[shadow >= 0]]].all()]
+    cut_guesses = [
+        node for node, shadow in channels.guesses.items() if not decision.keep[channels.classes[shadow[shadow >= 0]]].all()
+    ]
     try:
         gap = difference(expected, run(small, noise))
     except Exception as error:  # whatever the model's own code raises when it meets another size

@@ -1,6 +1,6 @@
 """Channels of a network: which are constant, who reads whom, and which can only be removed together.
 
-    channels = Channels(read_program(copy.deepcopy(model), example_input))
+    channels = read_channels(model, example_input)
 
 The idea. Every channel of every tensor gets a number. Beside each tensor of the program walks its *shadow*, an integer tensor of
 the same number of dimensions that holds the numbers, of size 1 in a dimension along which all elements have the same number:
@@ -14,7 +14,7 @@ the same number of dimensions that holds the numbers, of size 1 in a dimension a
 together: the summands of an addition, a channel and its batch norm, a convolution's filters and the rows of its weight. What is
 tied is a class. `pins` are the numbers that must stay, with the operation that wants them: the network's outputs, what is
 normalised by layer norm, and the inputs of every operation that has no rule, so that an unknown operation costs savings but
-never correctness. The rules themselves are in rules.py; what follows from all this for shrinking is decided in shrinking.py,
+never correctness. The rules themselves are in rules.py; what follows from all this for shrinking is decided in decisions.py,
 for masks in live.py.
 """
 
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from . import rules
-from .graph import name_of, shape_of
+from .graph import name_of, plain_copy, read_program, shape_of
 
 UNKNOWN = -1
 
@@ -65,6 +65,11 @@ class Each(NamedTuple):
     fed: object
     source: torch.Tensor
     target: torch.Tensor
+
+
+def read_channels(model, example_input):
+    """The Channels of a model, which is left as it is. Raises ValueError where torch.export cannot read it."""
+    return Channels(read_program(plain_copy(model), example_input))
 
 
 class Channels:
@@ -108,7 +113,9 @@ class Channels:
 
     def constant(self, shadow):
         """The constants of a shadow's channels, NaN where they are not known to be constant."""
-        return torch.where(shadow < 0, math.nan, self.constants[shadow.clamp(min=0)]) if self.count else shadow.double() * math.nan
+        return (
+            torch.where(shadow < 0, math.nan, self.constants[shadow.clamp(min=0)]) if self.count else shadow.double() * math.nan
+        )
 
     def tie(self, one, other):
         """What has these numbers, place by place, goes and stays together."""
@@ -178,8 +185,12 @@ class Channels:
 
     def own(self, name, dimension, numbers):
         """A dimension of a parameter or buffer has the channels `numbers`."""
-        if name in self.bare:
+        if name in self.bare and self.bare[name].numel() == len(numbers):
             self.tie(self.bare[name].flatten(), numbers)
+            return
+        if name in self.bare:
+            self.pin(self.bare[name], f'{name}, which is also used elsewhere')
+            self.pin(numbers, f'{name}, which is also used elsewhere')
             return
         dimensions = self.weights.setdefault(name, {})
         if dimension in dimensions:
@@ -215,7 +226,7 @@ class Channels:
             if name_of(node) in ('item', '_local_scalar_dense'):
                 self.pin_inputs(node, inputs)
             return  # a size reads no channel
-        known = any(source in self.program.names or (shadow >= 0).any() for source in inputs for shadow in self.all_shadows(source))
+        known = any(source in self.program.names or self.is_known(source) for source in inputs)
         result = rules.shadow_of(self, node) if known else None
         if result is None:
             self.pin_inputs(node, inputs)
@@ -229,6 +240,9 @@ class Channels:
     def all_shadows(self, node):
         shadow = self.shadow(node)
         return [] if shadow is None else shadow if isinstance(shadow, list) else [shadow]
+
+    def is_known(self, node):
+        return any(bool((shadow >= 0).any()) for shadow in self.all_shadows(node))
 
     def pin_inputs(self, node, inputs):
         for source in inputs:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import archs
 from deploy.live import convolutions, dead_norms, live_masks, norms_behind
-from deploy.shrinking import read_channels
+from deploy.ties import read_channels
 
 
 class Residual(nn.Module):
