@@ -8,6 +8,7 @@ from .formats import read, write_onnx, write_pt2, write_torchscript
 from .latency import gains, measure_latency
 from .network_file import load, save
 from .packing import fold, pack
+from .reporting import report
 from .shrinking import dependency_groups, rebuild_optimizer, shrink
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     'pack',
     'read',
     'rebuild_optimizer',
+    'report',
     'save',
     'shrink',
     'write_onnx',

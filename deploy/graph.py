@@ -84,8 +84,8 @@ def release(model):
                     del hooks[key]
 
 
-def read_program(model, example_input, free_batch=False):
-    """The Program of a model in eval mode.
+def read_program(model, example_input, free_batch=False, training=False):
+    """The Program of a model in eval mode, or in training mode.
 
     model: it is run, and may keep what its forward stores: give a copy. example_input: a tensor, or a tuple or dict of
     arguments. free_batch: let dimension 0 of all inputs be free; an example of one is repeated to two, as torch.export takes a
@@ -93,12 +93,15 @@ def read_program(model, example_input, free_batch=False):
     """
     args, kwargs = arguments(example_input)
     shapes = None
-    if free_batch:
+    if free_batch or training:  # a batch norm in training wants two examples
         args, kwargs = (torch.utils._pytree.tree_map(_twice, part) for part in (args, kwargs))
+    if free_batch:
         shapes = torch.utils._pytree.tree_map(_free, (args, kwargs))
         shapes = _named(model, *shapes)
     try:
         with eval_mode(model), _muted():
+            if training:
+                model.train()
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             if _writes_into_views(exported.graph):
                 exported = exported.run_decompositions({})

@@ -192,8 +192,7 @@ def reduced(channels, node, args):
     dims = [d % len(shape) for d in dims]
     out_shape = [1 if d in dims else size for d, size in enumerate(shadow.shape)]
     for d in dims:
-        if shadow.shape[d] > 1 and shadow.shape[d] > 16:
-            moves.whole(channels, shadow, d, node)
+        moves.whole(channels, shadow, d, node)
     key = 'self' if 'self' in args else 'input'
 
     def function(c):

@@ -27,7 +27,6 @@ import warnings
 from collections import defaultdict
 
 import torch
-from torch import nn
 
 from .cutting import Kept, cut, take
 from .decisions import Decision
@@ -49,23 +48,30 @@ def shrink(model, example_input, round_to=1, return_kept=False):
     return_kept: also return {tensor name: Kept}, for rebuild_optimizer(); tensors that are not in it are whole.
     Raises ValueError when the network cannot be read, or when the outputs would differ, with the reason.
     """
+    small, kept, _, blamed = decide(model, example_input, round_to)
+    for node in blamed:
+        warnings.warn(f'{place_of(node)} names sizes in its code, so the channels that it reads stay', stacklevel=2)
+    return (small, kept) if return_kept else small
+
+
+def decide(model, example_input, round_to=1):
+    """(smaller network, {tensor name: Kept}, Decision, [operations that name sizes in their code]); shrink() has the arguments."""
     if round_to < 1:
         raise ValueError(f'round_to must be 1 or more, got {round_to}')
     model = unwrapped(model)
-    channels = read_channels(model, example_input)
+    channels = read_channels(model, example_input, training=True)
     base = plain_copy(model)
     noise = _noise(base, example_input)
     expected, stay = run(base, noise), []
     while True:
         small = copy.deepcopy(base)
-        kept = cut(small, decision := Decision(channels, round_to, [channels.guesses[node] for node in stay]))
+        decision = Decision(channels, round_to, [channels.guesses[node] for node in stay])
+        kept = cut(small, decision)
         blamed, problem = _trial(base, small, noise, expected, channels, decision)
         if problem is None:
-            return (small, kept) if return_kept else small
+            return small, kept, decision, stay
         if not blamed:
             raise ValueError(problem)
-        for node in blamed:
-            warnings.warn(f'{place_of(node)} names sizes in its code, so the channels that it reads stay', stacklevel=2)
         stay += blamed
 
 

@@ -19,6 +19,7 @@ for masks in live.py.
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -67,9 +68,23 @@ class Each(NamedTuple):
     target: torch.Tensor
 
 
-def read_channels(model, example_input):
-    """The Channels of a model, which is left as it is. Raises ValueError where torch.export cannot read it."""
-    return Channels(read_program(plain_copy(model), example_input))
+def read_channels(model, example_input, training=False):
+    """The Channels of a model, which is left as it is. Raises ValueError where torch.export cannot read it.
+
+    training: read branches that run in training only, too, where the network has parameters that it does not use in eval mode:
+    they are cut with the rest. Where the network cannot be read in training mode, a warning names them.
+    """
+    program = read_program(plain_copy(model), example_input)
+    met = [name for node, name in program.names.items() if node.users]
+    used = {alias for name in met for alias in program.aliases.get(name, [name])}
+    unused = [name for name, _ in model.named_parameters() if name not in used]
+    if not (training and unused):
+        return Channels(program)
+    try:
+        return Channels(program, read_program(plain_copy(model), example_input, training=True))
+    except ValueError as error:
+        warnings.warn(f'{unused[0]} is not used in eval mode, and stays as it is: {error}', stacklevel=4)
+        return Channels(program)
 
 
 class Channels:
@@ -82,16 +97,24 @@ class Channels:
     its elements unknown}.
     """
 
-    def __init__(self, program):
+    def __init__(self, program, training=None):
         self.program = program
         self.constants, self.count = torch.empty(0, dtype=torch.float64), 0
         self.shadows, self.origin, self.guesses = {}, {}, {}
         self.steps, self.pins, self.blocks, self.reasons, self.zeros = [], [], [], [], []
         self.weights, self.bare, self.uses = {}, {}, {}
-        self.edges = []
+        self.edges, self.first = [], None
         with torch.no_grad():
             for node in program.nodes:
                 self.visit(node)
+            self.first = dict(self.uses)
+            if training is not None:  # what is met there for the first time is added; the rest must fit together
+                self.program = training
+                for node in training.nodes:
+                    self.visit(node)
+                self.program = program._replace(
+                    aliases=training.aliases | program.aliases, tensors=training.tensors | program.tensors
+                )
         self.constants = self.constants[: self.count]
         self.classes = self.connected()
 
@@ -298,7 +321,10 @@ class Channels:
         elif bias is not None:
             self.pin(out, node)
             self.pin(self.shadow(bias), node)
-        self.uses[name] = self.uses.get(name, 0) + 1
+        if self.first is not None and name in self.first:
+            return out
+        # constants may be others in training mode: nothing makes up for them
+        self.uses[name] = 2 if self.first is not None else self.uses.get(name, 0) + 1
         self.steps.append(step._replace(out=out))
         return out
 

@@ -1,13 +1,14 @@
 """What torch.export reads of a network: everyday operations, shapes of inputs and outputs, wrapped models, refusals."""
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deploy import outputs
+from deploy import outputs, report
 from deploy.shrinking import shrink
 
 DEAD = [1, 2, 5, 6]
@@ -216,3 +217,164 @@ def test_everyday_operations_let_half_of_the_filters_go(name):
     small = shrink(net, x)
     assert small.first.out_channels == 4
     assert_same(net, small, x)
+
+
+# --------------------------------------------------------------------------------------------- inputs, outputs, wrappers
+
+
+class Many(nn.Module):
+    """Two inputs, one of them optional and by name; outputs nested in a dict, with None among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(2, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x, other=None, scale=1.0):
+        y = F.relu(self.first(x)) * scale
+        if other is not None:
+            y = y + 0 * self.other(other)
+        return {'out': (self.last(y), [y.mean((1, 2, 3))]), 'nothing': None}
+
+
+@pytest.mark.parametrize('example', ['a tuple', 'a dict', 'a tensor'])
+def test_examples_of_several_inputs_and_nested_outputs(example):
+    net = half_dead(Many())
+    net.last.weight.data[0] = 0
+    x, other = images(2, 3, 8, 8), images(2, 2, 8, 8)
+    example = {'a tuple': (x, other), 'a dict': {'x': x, 'other': other, 'scale': 0.5}, 'a tensor': x}[example]
+    small = shrink(net, example)
+    assert_same(net, small, example)
+    net.forward = None  # the small network has a forward of its own
+    assert small.last.out_channels == 4
+
+
+class Segmenter(nn.Module):
+    """A head that runs in training only, as the auxiliary classifiers of GoogLeNet and DeepLab do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.aux = nn.Sequential(nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.first(x)))
+        out = {'out': self.last(y)}
+        if self.training:
+            out['aux'] = self.aux(y)
+        return out
+
+
+def test_a_head_that_runs_in_training_only_is_cut_with_the_rest_and_trains():
+    torch.manual_seed(0)
+    net, x = Segmenter(), images(1, 3, 8, 8)
+    with torch.no_grad():
+        for tensor in (net.first.weight, net.first.bias, net.norm.weight, net.norm.bias):
+            tensor[[0, 3, 4]] = 0
+    small = shrink(net, x)
+    assert_same(net.eval(), small, x)
+    assert small.first.out_channels == small.aux[0].in_channels == 5
+    found, expected = small.train()(images(2, 3, 8, 8)), net.train()(images(2, 3, 8, 8))
+    torch.testing.assert_close(found['aux'], expected['aux'])
+    (found['aux'].sum() + found['out'].sum()).backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, torch.compile])
+def test_wrapped_networks_are_unwrapped_and_said_so(wrap):
+    net = half_dead(between(nn.ReLU()))
+    with pytest.warns(UserWarning, match='is taken off'):
+        small = shrink(wrap(net), images(1, 3, 8, 8))
+    assert type(small) is Between and small.first.out_channels == 4
+
+
+class Hard(nn.Module):
+    """Sizes written down in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.first, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Linear(8 * 16, 4)
+
+    def forward(self, x):
+        x = F.relu(self.first(F.relu(self.free(x))))
+        return self.last(x.view(-1, 8 * 16))
+
+
+def test_what_feeds_a_size_in_the_code_stays_and_the_rest_goes():
+    net = half_dead(Hard())
+    with torch.no_grad():
+        net.free.weight[:3] = net.free.bias[:3] = 0
+    x = images(2, 3, 4, 4)
+    with pytest.warns(UserWarning, match=r'view \(test_graph.py, line \d+\) names sizes in its code'):
+        small = shrink(net, x)
+    assert (small.free.out_channels, small.first.out_channels) == (3, 8)
+    assert_same(net, small, x)
+    (held,) = report(net, x)
+    assert held.layer == 'first' and held.filters == DEAD and held.held_by.startswith('view (test_graph.py, line ')
+    assert '4 dead filters stay' in str(held) and 'sizes from the tensor' in str(held)
+
+
+# ------------------------------------------------------------------------------------------------------------ what stays
+
+HELD = {
+    'layer_norm': (nn.LayerNorm([8, 8, 8]), 'layer_norm in operation .*reads them all'),
+    'group_norm': (nn.GroupNorm(2, 8), 'group_norm in operation .*reads them all'),
+    'softmax': (nn.Softmax(1), 'softmax in operation .*needs the dimension as it is'),
+    'cumsum': (lambda x: x.cumsum(1), 'cumsum in operation .*needs the dimension as it is'),
+    'one channel': (lambda x: x + x[:, 3:4], 'slice in operation .*needs the dimension as it is'),
+    'einsum': (lambda x: torch.einsum('bchw,dc->bdhw', x, torch.ones(8, 8)), 'einsum|matmul|bmm'),
+    'sort': (lambda x: x.sort(1)[0], 'sort in operation .*needs the dimension as it is'),
+    'uneven parts': (lambda x: torch.cat(x.split([3, 5], 1), 1), 'split.* in operation .*needs the dimension as it is'),
+    'norm over channels': (lambda x: F.normalize(x, dim=1), 'norm in operation .*needs the dimension as it is'),
+}
+
+
+@pytest.mark.parametrize('name', HELD)
+def test_report_names_the_operation_that_holds_dead_filters(name):
+    operation, held_by = HELD[name]
+    net, x = half_dead(between(operation)), images(2, 3, 8, 8)
+    small = shrink(net, x)
+    assert_same(net, small, x)
+    if small.first.out_channels == 8:
+        (held,) = report(net, x)
+        assert held.layer == 'first' and held.filters == DEAD
+        assert re.search(held_by, held.held_by), held
+    else:
+        assert not report(net, x)
+
+
+def test_report_names_the_layers_that_are_not_dead_and_groups_that_are_uneven():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.other, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.last(self.first(x) + self.other(x))
+
+    (held,) = report(half_dead(Sum()), images(1, 3, 8, 8))
+    assert held.layer == 'first' and 'other puts out the same channels' in str(held) and 'dependency_groups' in held.remedy
+    grouped = half_dead(between(nn.Conv2d(8, 8, 1, groups=2)), [0, 1])
+    (held,) = report(grouped, images(1, 3, 8, 8))
+    assert held.filters == [0, 1] and 'operation has 2 groups' in str(held)
+    assert report(half_dead(between(nn.ReLU())), images(1, 3, 8, 8)) == []
+
+
+# --------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_read_is_refused_in_a_sentence(capsys):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    with pytest.raises(ValueError, match='cannot trace Branching.*torch.where'):
+        shrink(Branching(), images(1, 3, 8, 8))
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)))
+    with pytest.raises(ValueError, match='layer 0 is parametrized'):
+        shrink(normed, images(1, 3, 8, 8))
+    printed = capsys.readouterr()
+    assert not printed.out and not printed.err
