@@ -27,10 +27,11 @@ import warnings
 from collections import defaultdict
 
 import torch
+from torch import nn
 
 from .cutting import Kept, cut, take
 from .decisions import Decision
-from .graph import line_of, place_of, plain_copy, reason, unwrapped
+from .graph import line_of, owner_of, place_of, plain_copy, reason, unwrapped
 from .outputs import TOLERANCE, change_tensors, difference, run
 from .ties import Mix, read_channels
 
@@ -83,9 +84,7 @@ def _trial(base, small, noise, expected, channels, decision):
     try:
         gap = difference(expected, run(small, noise))
     except Exception as error:  # whatever the model's own code raises when it meets another size
-        lines = {(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)}
-        own = [node for node in cut_guesses if line_of(node) in lines]
-        return own or cut_guesses, f'the smaller network does not run, so it is not made ({reason(error)})'
+        return _blamed(error, cut_guesses, small), f'the smaller network does not run, so it is not made ({reason(error)})'
     if not gap <= TOLERANCE:  # it may be NaN; rounding is no reason to refuse
         double = change_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, noise)
         try:
@@ -95,6 +94,21 @@ def _trial(base, small, noise, expected, channels, decision):
     if gap <= TOLERANCE:
         return [], None
     return cut_guesses, f'the smaller network would differ by {gap:.1e} of the largest output, so it is not made'
+
+
+def _blamed(error, guesses, network):
+    """Of the operations whose sizes may be written down: those on a line that failed, or else in the innermost module that failed
+    or one around it, or else all."""
+    lines, failed, names = set(), '', {module: name for name, module in network.named_modules()}
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        lines.add((frame.f_code.co_filename, number))
+        module = frame.f_locals.get('self')
+        failed = names.get(module, failed) if isinstance(module, nn.Module) else failed
+    found = [node for node in guesses if line_of(node) in lines]
+    while not found and failed:
+        found = [node for node in guesses if owner_of(node) == failed]
+        failed = failed.rpartition('.')[0]
+    return found or guesses
 
 
 def _noise(model, example_input):
