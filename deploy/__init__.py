@@ -9,10 +9,11 @@ from .latency import gains, measure_latency
 from .network_file import load, save
 from .packing import fold, pack
 from .reporting import report
-from .shrinking import dependency_groups, rebuild_optimizer, shrink
+from .shrinking import dependency_groups, even_parts, rebuild_optimizer, shrink
 
 __all__ = [
     'dependency_groups',
+    'even_parts',
     'fold',
     'gains',
     'load',

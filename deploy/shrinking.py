@@ -22,6 +22,7 @@ filter of zeros as its shift alone, whatever its running mean.
 """
 
 import copy
+import math
 import traceback
 import warnings
 from collections import defaultdict
@@ -35,7 +36,7 @@ from .graph import line_of, owner_of, place_of, plain_copy, reason, unwrapped
 from .outputs import TOLERANCE, change_tensors, difference, run
 from .ties import Mix, read_channels
 
-__all__ = ['Kept', 'dependency_groups', 'rebuild_optimizer', 'shrink', 'take']
+__all__ = ['Kept', 'dependency_groups', 'even_parts', 'rebuild_optimizer', 'shrink', 'take']
 
 
 def shrink(model, example_input, round_to=1, return_kept=False):
@@ -140,6 +141,25 @@ def dependency_groups(model, example_input, depthwise=False):
     for name in sorted(found, key=order.index):
         groups[tuple(found[name].tolist())].append(name)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def even_parts(model, example_input):
+    """{layer name: parts}: layers whose filters, in order, are so many equal parts of which each must lose as many.
+
+    Those are grouped convolutions and the layers in front of them, and layers whose output is cut into halves by chunk or split.
+    Filters that are chosen evenly in each part can all be removed; chosen freely, the fullest part decides for all.
+    """
+    channels = read_channels(unwrapped(model), example_input)
+    mixes = [step for step in channels.steps if isinstance(step, Mix) and not step.depthwise]
+    grouped = [(step.groups, channels.classes[step.inputs]) for step in mixes if step.groups > 1]
+    grouped += [(len(numbers), channels.classes[numbers].flatten()) for _, numbers in channels.blocks]
+    parts = {}
+    for step in mixes:
+        filters, name = channels.classes[step.out], step.weight.rpartition('.')[0]
+        wanted = [step.groups, *(number for number, classes in grouped if torch.equal(classes, filters))]
+        if math.lcm(*wanted) > 1:
+            parts[name] = math.lcm(*wanted)
+    return parts
 
 
 def rebuild_optimizer(

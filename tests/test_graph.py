@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deploy import outputs, report
+from deploy import even_parts, outputs, report
 from deploy.shrinking import shrink
 
 DEAD = [1, 2, 5, 6]
@@ -357,6 +357,18 @@ def test_report_names_the_layers_that_are_not_dead_and_groups_that_are_uneven():
     (held,) = report(grouped, images(1, 3, 8, 8))
     assert held.filters == [0, 1] and 'operation has 2 groups' in str(held)
     assert report(half_dead(between(nn.ReLU())), images(1, 3, 8, 8)) == []
+
+
+def test_filters_in_front_of_groups_and_halves_come_in_equal_parts():
+    net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.Conv2d(12, 6, 1, groups=3), nn.Conv2d(6, 4, 1))
+    assert even_parts(net, images(1, 3, 8, 8)) == {'0': 3, '2': 3}
+    assert even_parts(between(EVERYDAY['chunk']), images(1, 3, 8, 8)) == {'first': 2}
+    dead = torch.tensor([0, 5, 9])  # one of each four
+    with torch.no_grad():
+        for tensor in (net[0].weight, net[0].bias, net[1].weight, net[1].bias):
+            tensor[dead] = 0
+    small = shrink(net.eval(), images(1, 3, 8, 8))
+    assert (small[0].out_channels, small[2].in_channels, small[2].groups) == (9, 9, 3)
 
 
 # --------------------------------------------------------------------------------------------------------------- refusals

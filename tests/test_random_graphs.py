@@ -137,14 +137,14 @@ CALLS = {
     'cat': lambda a, b: torch.cat([a, b], 1),
     'flip': lambda a: a.flip(1),
     'pad': lambda a: F.pad(a, (1, 0, 0, 1))[:, :, :-1, 1:],
-    'views': lambda a: a.view(a.size(0), a.size(1), -1).transpose(1, 2).transpose(1, 2).reshape(a.shape),
+    'views': lambda a: a.reshape(a.size(0), a.size(1), -1).transpose(1, 2).transpose(1, 2).reshape(a.shape),
     'permute': lambda a: a.permute(2, 3, 0, 1).permute(2, 3, 1, 0).transpose(2, 3),
     'flat': lambda a: a.flatten(1).unflatten(1, (-1, 4, 4)),
     'repeat': lambda a: a.repeat(1, 2, 1, 1),
     'chunk': lambda a: torch.cat(a.chunk(2, 1)[::-1], 1),
-    'shuffle': lambda a: a.view(a.size(0), 2, a.size(1) // 2, 4, 4).transpose(1, 2).reshape(a.shape),
+    'shuffle': lambda a: a.reshape(a.size(0), 2, a.size(1) // 2, 4, 4).transpose(1, 2).reshape(a.shape),
     'swap': lambda a: torch.cat([a[:, a.size(1) // 2 :], a[:, : a.size(1) // 2]], 1),
-    'hard': lambda a: a.view(-1, a.size(1) // 2, 2, 4, 4).flatten(1, 2),
+    'hard': lambda a: a.reshape(-1, a.size(1) // 2, 2, 4, 4).flatten(1, 2),
 }
 
 
