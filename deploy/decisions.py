@@ -1,6 +1,7 @@
 """Which classes of channels stay, so that a network computes the same.
 
-Backward from the outputs, a class is needed if someone reads it: a weight that is not zero, in a filter that is itself needed, on
+Backward from the outputs, a class is needed if someone reads it: a weight that is not zero, in a filter that is itself needed,
+on
 a channel that is not constant. Then come those that stay with them so that every layer can have its shape: equal groups, equal
 halves, at least one channel, one constant before zero padding.
 """

@@ -10,19 +10,21 @@ since taking them apart costs three times as long and hides what they mean.
 
 import contextlib
 import copy
+import inspect
 import io
 import operator
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from .outputs import arguments, eval_mode
+from .outputs import arguments, change_tensors, eval_mode
 
-SAME_PLACE = ('self.', 'return F.', 'return torch.', 'input = module(input)')
+TORCH = str(Path(torch.__file__).parent)
 
 
 class Program(NamedTuple):
@@ -94,10 +96,9 @@ def read_program(model, example_input, free_batch=False, training=False):
     args, kwargs = arguments(example_input)
     shapes = None
     if free_batch or training:  # a batch norm in training wants two examples
-        args, kwargs = (torch.utils._pytree.tree_map(_twice, part) for part in (args, kwargs))
+        args, kwargs = change_tensors(_twice, (args, kwargs))
     if free_batch:
-        shapes = torch.utils._pytree.tree_map(_free, (args, kwargs))
-        shapes = _named(model, *shapes)
+        shapes = _named(model, *change_tensors(_free, (args, kwargs)))
     try:
         with eval_mode(model), _muted():
             if training:
@@ -121,18 +122,18 @@ def read_program(model, example_input, free_batch=False, training=False):
 
 
 def _twice(value):
-    return torch.cat([value, value]) if torch.is_tensor(value) and value.dim() and len(value) == 1 else value
+    return torch.cat([value, value]) if value.dim() and len(value) == 1 else value
 
 
 def _free(value):
-    return {0: torch.export.Dim.AUTO} if torch.is_tensor(value) and value.dim() else None
+    return {0: torch.export.Dim.AUTO} if value.dim() else None
 
 
 def _named(model, args, kwargs):
     """dynamic_shapes wants the positional arguments as a tuple, or all of them by name."""
     if not kwargs:
         return args
-    names = list(__import__('inspect').signature(model.forward).parameters)
+    names = list(inspect.signature(model.forward).parameters)
     return dict(zip(names, args, strict=False)) | kwargs
 
 
@@ -146,7 +147,9 @@ def _muted():
 
 def _writes_into_views(graph):
     """Whether an operation in place changes a tensor of which another view is read afterwards."""
-    root, members, place = {}, {}, {node: i for i, node in enumerate(graph.nodes)}
+    root = {}
+    members = {}
+    place = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.op != 'call_function':
             continue
@@ -200,7 +203,7 @@ def line_of(node):
     lines = [line for line in (node.meta.get('stack_trace') or '').splitlines() if line.strip().startswith('File "')]
     parts = [line.split('"')[1:] for line in lines]
     places = [(file, int(rest.split('line ')[1].split(',')[0])) for file, rest in parts]
-    own = [place for place in places if f'torch{__import__("os").sep}nn' not in place[0]]
+    own = [place for place in places if not place[0].startswith(TORCH)]
     return (own or places or [None])[-1]
 
 

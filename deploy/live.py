@@ -9,7 +9,8 @@ filters that nobody reads and inputs that nobody feeds. Deviation from the autho
 batches of noise through the network in training mode for each setting it tries: the masks alone decide, without a forward.
 
 A channel is fed while something that depends on the input reaches it, and read while something on the way to the output uses
-it. Convolutions take part kernel by kernel, linear layers read and feed everything, a sum is fed while any summand is. The batch
+it. Convolutions take part kernel by kernel, linear layers read and feed everything, a sum is fed while any summand is. The
+batch
 norm of a dead channel, and the bias of a dead filter, count as zero. One pass in each direction finds all, since what nobody
 reads feeds nobody.
 """

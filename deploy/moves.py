@@ -1,7 +1,8 @@
 """Rules for operations that move elements about and change none: they are performed on the shadow.
 
 Where the model's own code takes sizes from its tensors, a smaller tensor goes through the same line. Two kinds of lines need
-more: one that splits a dimension (a channel shuffle, `chunk`) wants equal parts, and one that names places (`x[:, 2]`) wants the
+more: one that splits a dimension (a channel shuffle, `chunk`) wants equal parts, and one that names places (`x[:, 2]`) wants
+the
 dimension as it is.
 """
 
@@ -218,7 +219,8 @@ def flipped(channels, node, args):
 
 
 def moved(channels, node, args):
-    """Any other move: performed on the shadow at full size. The followed dimensions are needed as they are, where it changes them."""
+    """Any other move: performed on the shadow at full size. The followed dimensions are needed as they are, where it changes
+    them."""
     source = args['self']
     shadow, shape = channels.shadow(source), shape_of(source)
     full = expanded(shadow, shape).contiguous()

@@ -13,7 +13,8 @@ from .ties import Mix
 
 
 class Held(NamedTuple):
-    """Dead filters of a layer that stay for one reason. filters: their numbers. held_by: the operation and its place, or the layer.
+    """Dead filters of a layer that stay for one reason. filters: their numbers. held_by: the operation and its place, or the
+    layer.
     remedy: what would free them."""
 
     layer: str

@@ -1,6 +1,7 @@
 """What each operation of ATen does to the shadows of its inputs: the rules by which ties.Channels walks through a network.
 
-A rule takes (channels, node, arguments by name) and gives the shadow of the output (a list of them for several outputs), or None:
+A rule takes (channels, node, arguments by name) and gives the shadow of the output (a list of them for several outputs), or
+None:
 then everything the operation reads stays. Operations that torch itself tags as pointwise need no rule of their own.
 """
 
@@ -12,7 +13,8 @@ from torch import fx
 from . import constants, moves
 from .graph import name_of, number_of, shape_of
 
-SAME = 'contiguous clone alias detach lift_fresh_copy lift_fresh dropout feature_dropout alpha_dropout feature_alpha_dropout'.split()
+SAME = 'contiguous clone alias detach lift_fresh_copy lift_fresh'.split()
+SAME += 'dropout feature_dropout alpha_dropout feature_alpha_dropout'.split()
 CASTS = 'to _to_copy type_as float double half bfloat16'.split()
 POINTWISE = 'hardswish masked_fill prelu rsub log_sigmoid softsign celu clip square float_power'.split()
 SUMMING = 'mean sum amax amin max min var std norm linalg_vector_norm logsumexp prod nansum'.split()
@@ -20,7 +22,8 @@ SOFTMAX = 'softmax log_softmax _softmax _log_softmax cumsum cumprod sort'.split(
 SPATIAL = (
     'max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d'
     ' adaptive_avg_pool3d _adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d'
-    ' max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d'
+    ' max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d upsample_nearest3d'
+    ' upsample_linear1d'
     ' upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact2d reflection_pad1d reflection_pad2d'
     ' reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _upsample_bilinear2d_aa'
 ).split()

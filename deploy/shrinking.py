@@ -8,10 +8,12 @@
 How it works. torch.export reads the network, and every channel of every tensor gets a number (ties.py). Numbers that one index
 selects together (through batch norm, activation, pooling, depthwise convolution, residual addition, gating, concatenation,
 flattening) are one class. Forward, each channel is either unknown or a known constant: a filter of zeros emits its bias, its
-batch norm makes another constant of it, ReLU may make that zero. Backward, a class is needed if someone reads it (decisions.py).
+batch norm makes another constant of it, ReLU may make that zero. Backward, a class is needed if someone reads it
+(decisions.py).
 The rest is cut out of the model's own modules, in all layers at once (cutting.py). Constants that are not zero go into the bias
 of the layer that reads them, if that is a linear layer or a convolution without zero padding. With padding the border differs
-from the rest, which no bias can do: there one constant channel stays, and takes over the weights of the others. An operation that
+from the rest, which no bias can do: there one constant channel stays, and takes over the weights of the others. An operation
+that
 is not known keeps all that it reads: that can cost savings but not correctness. In the end outputs are compared; where the code
 of the model names a size, as in view(-1, 64), what feeds that line is kept, and the rest tried again.
 
@@ -57,7 +59,8 @@ def shrink(model, example_input, round_to=1, return_kept=False):
 
 
 def decide(model, example_input, round_to=1):
-    """(smaller network, {tensor name: Kept}, Decision, [operations that name sizes in their code]); shrink() has the arguments."""
+    """(smaller network, {tensor name: Kept}, Decision, [operations that name sizes in their code]); shrink() has the
+    arguments."""
     if round_to < 1:
         raise ValueError(f'round_to must be 1 or more, got {round_to}')
     model = unwrapped(model)
@@ -98,7 +101,8 @@ def _trial(base, small, noise, expected, channels, decision):
 
 
 def _blamed(error, guesses, network):
-    """Of the operations whose sizes may be written down: those on a line that failed, or else in the innermost module that failed
+    """Of the operations whose sizes may be written down: those on a line that failed, or else in the innermost module that
+    failed
     or one around it, or else all."""
     lines, failed, names = set(), '', {module: name for name, module in network.named_modules()}
     for frame, number in traceback.walk_tb(error.__traceback__):
@@ -146,7 +150,8 @@ def dependency_groups(model, example_input, depthwise=False):
 def even_parts(model, example_input):
     """{layer name: parts}: layers whose filters, in order, are so many equal parts of which each must lose as many.
 
-    Those are grouped convolutions and the layers in front of them, and layers whose output is cut into halves by chunk or split.
+    Those are grouped convolutions and the layers in front of them, and layers whose output is cut into halves by chunk or
+    split.
     Filters that are chosen evenly in each part can all be removed; chosen freely, the fullest part decides for all.
     """
     channels = read_channels(unwrapped(model), example_input)

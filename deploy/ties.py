@@ -2,7 +2,8 @@
 
     channels = read_channels(model, example_input)
 
-The idea. Every channel of every tensor gets a number. Beside each tensor of the program walks its *shadow*, an integer tensor of
+The idea. Every channel of every tensor gets a number. Beside each tensor of the program walks its *shadow*, an integer tensor
+of
 the same number of dimensions that holds the numbers, of size 1 in a dimension along which all elements have the same number:
 [1, 64, 1, 1] for a feature map of 64 channels; -1 says that nothing is known. Operations that move elements (view, cat, slice,
 ...) are performed on the shadow itself. Operations that compute give new numbers, and write down a step:
@@ -33,9 +34,11 @@ UNKNOWN = -1
 class Mix(NamedTuple):
     """A convolution or linear layer: `out` [O] and `inputs` [I] are numbers.
 
-    weight, bias: their dotted names, or None. swapped: whether the weight is [in, out, ...], as transposed convolutions have it.
+    weight, bias: their dotted names, or None. swapped: whether the weight is [in, out, ...], as transposed convolutions have
+    it.
     padded: whether zero padding makes a constant input a varying one. reads: bool [groups, O / groups, I / groups], the weights
-    that are not zero. rectangle: (rows [groups, O / groups, 1], columns [groups, 1, I / groups]) where these are all the weights
+    that are not zero. rectangle: (rows [groups, O / groups, 1], columns [groups, 1, I / groups]) where these are all the
+    weights
     of some rows and columns, else None. depthwise: whether each filter goes and stays with its one input.
     """
 
@@ -94,16 +97,29 @@ class Channels:
     buffer: {dimension: numbers}}. bare: {name: shadow of its full shape} of parameters that are used element by element.
     pins: [(numbers, reason)]. blocks: [(node, numbers [blocks, size])], which must keep equally many each. guesses: {node:
     numbers} of views, splits and slices whose sizes may be written down in the model's code. origin: {node: the node that made
-    its elements unknown}.
+    its elements unknown}. reasons: [(numbers, node)] of operations that need a dimension as it is, whose channels are therefore
+    one class. zeros: shadows of channels that are padded with zeros. uses: {name of a weight: how many layers use it}. first:
+    the
+    same of the program in eval mode, while the one in training mode is read.
     """
 
     def __init__(self, program, training=None):
         self.program = program
-        self.constants, self.count = torch.empty(0, dtype=torch.float64), 0
-        self.shadows, self.origin, self.guesses = {}, {}, {}
-        self.steps, self.pins, self.blocks, self.reasons, self.zeros = [], [], [], [], []
-        self.weights, self.bare, self.uses = {}, {}, {}
-        self.edges, self.first = [], None
+        self.constants = torch.empty(0, dtype=torch.float64)
+        self.count = 0
+        self.shadows = {}
+        self.origin = {}
+        self.guesses = {}
+        self.steps = []
+        self.pins = []
+        self.reasons = []
+        self.blocks = []
+        self.zeros = []
+        self.weights = {}
+        self.bare = {}
+        self.uses = {}
+        self.edges = []
+        self.first = None
         with torch.no_grad():
             for node in program.nodes:
                 self.visit(node)

@@ -3,9 +3,10 @@
     python bench.py zoo                    # all of NETWORKS; results/bench/zoo.md
     python -m harness.zoo resnet50 timm/resnet50
 
-A network of random weights and batch norms that look trained; Torch-Pruning chooses 30 % of the channels of each group of layers
-(MagnitudeImportance). Those channels are set to zero in a copy, with bias and batch norm, and the copy is shrunk; Torch-Pruning cuts
-its own. Parameters that each removes, seconds, and the largest difference of our outputs from the masked network's.
+A network of random weights and batch norms that look trained; Torch-Pruning chooses 30 % of the channels of each group of
+layers (MagnitudeImportance). Those channels are set to zero in a copy, with bias and batch norm, and the copy is shrunk;
+Torch-Pruning cuts its own. Parameters that each removes, seconds, and the largest difference of our outputs from the masked
+network's. Where Torch-Pruning fails, 30 % are chosen by their L1 norm in our dependency groups.
 """
 
 import copy
@@ -23,14 +24,16 @@ from deploy.ties import read_channels
 RATIO, SIZE = 0.3, 64
 TORCHVISION = (
     'resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg16_bn vgg11 alexnet squeezenet1_1 densenet121 densenet169 googlenet'
-    ' inception_v3 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0 shufflenet_v2_x0_5 shufflenet_v2_x1_0'
+    ' inception_v3 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0'
+    ' shufflenet_v2_x0_5 shufflenet_v2_x1_0'
     ' efficientnet_b0 efficientnet_b1 efficientnet_v2_s regnet_y_400mf regnet_x_400mf convnext_tiny vit_b_32 swin_t swin_v2_t'
     ' maxvit_t resnet34'
 ).split()
 TIMM = (
     'resnet50 resnet50d resnet26t resnetv2_50 resnext50_32x4d res2net50_26w_4s skresnet18 seresnet50 ecaresnet26t densenet121'
     ' cspresnet50 cspdarknet53 darknet53 vovnet39a dla34 hrnet_w18_small repvgg_a0 mobilenetv2_100 mobilenetv3_small_100'
-    ' efficientnet_b0 efficientnet_lite0 mixnet_s ghostnet_100 regnety_004 nfnet_l0 convnext_atto edgenext_xx_small vit_tiny_patch16_224'
+    ' efficientnet_b0 efficientnet_lite0 mixnet_s ghostnet_100 regnety_004 nfnet_l0 convnext_atto'
+    ' edgenext_xx_small vit_tiny_patch16_224'
     ' mobileone_s0 rexnet_100'
 ).split()
 NETWORKS = [*TORCHVISION, *(f'timm/{name}' for name in TIMM)]
@@ -142,11 +145,11 @@ def zoo(names=None, say=print):
     for name in names or NETWORKS:
         row = compare_network(name)
         theirs = row['theirs']
-        share = '-' if not theirs else f'{row["ours"] / theirs:.4f}'
+        share = f'{theirs:,} ({row["ours"] / theirs:.4f})' if theirs else f'fails ({row["reason"]})'
+        gap = f'outputs differ by {row["difference"]:.1e}' if 'difference' in row else row['refused']
+        lines = f'; {len(row["said"])} lines name sizes' if row['said'] else ''
         say(
-            f'{name}: {row["parameters"]:,} parameters; removed {row["ours"]:,}, Torch-Pruning {theirs if theirs is None else format(theirs, ",")}'
-            f' ({share}); {row["seconds"]:.1f} s; difference {row.get("difference", float("nan")):.1e}'
-            f' {row["reason"]} {row.get("refused", "")} {len(row["said"]) or ""}'
+            f'{name}: {row["ours"]:,} of {row["parameters"]:,} removed, {row["seconds"]:.1f} s, {gap}{lines}; Torch-Pruning {share}'
         )
         rows.append(row)
     return rows
