@@ -79,11 +79,11 @@ def release(model):
     """Apply the masks of a pruner that still holds the model, and remove its hooks, which are for these shapes."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
+            for hook in list(hooks.values()):
                 pruner = getattr(getattr(hook, 'func', hook), '__self__', None)  # func: of a partial
                 if hasattr(pruner, 'unhook'):
                     pruner.apply()
-                    del hooks[key]
+                    pruner.unhook()
 
 
 def read_program(model, example_input, free_batch=False, training=False):

@@ -267,4 +267,4 @@ def test_the_work_of_a_sweep_grows_with_the_depth_and_no_faster():
         with Counted() as counted:
             live_masks(graph, masks)
         share[name] = counted.operations / number
-    assert share['resnet56'] == pytest.approx(share['resnet20'], rel=0.05) and share['resnet56'] < SWEEP
+    assert share['resnet56'] == pytest.approx(share['resnet20'], rel=0.05) and share['resnet56'] < 60
