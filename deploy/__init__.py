@@ -9,10 +9,12 @@ from .formats import read, write_onnx, write_pt2, write_torchscript
 from .latency import gains, measure_latency
 from .network_file import load, save
 from .packing import fold, pack
-from .shrinking import dependency_groups, rebuild_optimizer, shrink
+from .reporting import report
+from .shrinking import dependency_groups, even_parts, rebuild_optimizer, shrink
 
 __all__ = [
     'dependency_groups',
+    'even_parts',
     'fold',
     'gains',
     'load',
@@ -20,6 +22,7 @@ __all__ = [
     'pack',
     'read',
     'rebuild_optimizer',
+    'report',
     'save',
     'shrink',
     'sparse_compile',

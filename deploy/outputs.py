@@ -4,6 +4,7 @@ import contextlib
 import math
 
 import torch
+from torch.utils import _pytree as pytree
 
 TOLERANCE = 1e-5  # of the largest output
 
@@ -21,16 +22,49 @@ def eval_mode(model):
             module.training = training
 
 
+def arguments(example_input):
+    """(positional, by name) of an example: a tensor, or a tuple or dict of arguments."""
+    if isinstance(example_input, dict):
+        return (), example_input
+    return (tuple(example_input), {}) if isinstance(example_input, (tuple, list)) else ((example_input,), {})
+
+
+def change_tensors(function, example_input):
+    """The same example with function(tensor) in the place of each tensor."""
+    return pytree.tree_map(lambda value: function(value) if torch.is_tensor(value) else value, example_input)
+
+
+def tensors_of(outputs):
+    """All tensors of an output of any nesting, also of dataclasses with fields, in their order."""
+    if hasattr(outputs, '__dataclass_fields__') and not isinstance(outputs, dict):
+        outputs = [getattr(outputs, name) for name in outputs.__dataclass_fields__]
+    return [value for value in pytree.tree_leaves(outputs) if torch.is_tensor(value)]
+
+
 @torch.no_grad()
+def run(model, example_input):
+    """The tensors that a model puts out in eval mode; the example is left as it is."""
+    args, kwargs = arguments(change_tensors(torch.clone, example_input))
+    with eval_mode(model):
+        return tensors_of(model(*args, **kwargs))
+
+
 def compare(one, other, example_input):
-    """The largest difference of two networks' outputs in eval mode, as a share of the largest output of the first."""
-    outputs = []
-    for model in (one, other):
-        with eval_mode(model):
-            outputs.append(model(example_input.clone()))
-    if not all(isinstance(output, torch.Tensor) for output in outputs):
-        raise ValueError(f'{type(one).__name__} must return one tensor')
-    if outputs[0].shape != outputs[1].shape:
+    """The largest difference of two networks' outputs in eval mode, each as a share of the largest value of that output."""
+    return difference(run(one, example_input), run(other, example_input))
+
+
+def difference(expected, found):
+    """The largest difference between two lists of tensors, as a share of each one's largest value; inf for other shapes."""
+    if not expected:
+        raise ValueError('the network puts out no tensor')
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
         return math.inf
-    difference = (outputs[0] - outputs[1]).abs().max().item()
-    return 0.0 if difference == 0 else difference / max(outputs[0].abs().max().item(), 1e-30)
+    worst = 0.0
+    for one, other in zip(expected, found, strict=True):
+        gap = (one.double() - other.double()).abs().max().item() if one.numel() else 0.0
+        share = 0.0 if gap == 0 else gap / max(one.double().abs().max().item(), 1e-30)
+        worst = max(worst, share) if share == share else share
+        if share != share:
+            return share
+    return worst

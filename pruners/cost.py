@@ -1,13 +1,12 @@
 """What a network costs once its dead channels are removed, as a function of the filters that are kept."""
 
-import copy
 import math
 
 import torch
 from torch import nn
 
-from deploy.channels import channel_graph, live_masks
-from deploy.shrinking import Channels
+from deploy.live import convolutions, layer_of, live_filters
+from deploy.ties import Mix, read_channels
 from sparse_utils import count_macs, prunable_layers
 
 from .compressor import Compressor
@@ -25,14 +24,17 @@ class ChannelCost:
     """
 
     def __init__(self, model: nn.Module, example_input: torch.Tensor, kind: str = 'params', names: list[str] | None = None):
-        self.graph = channel_graph(model, example_input)
-        channels = Channels(copy.deepcopy(model), example_input)
-        self.readers = channels.readers
-        self.followers = channels.followers
-        self.number = len(channels.parent)
-        convs = {node.module: node.detail for node in self.graph.nodes if node.kind == 'conv'}
-        self.convs = {name: (out, inputs) for name, (out, inputs, *_) in convs.items()}
-        self.grouped = any(groups > 1 for _, _, groups, *_ in convs.values())
+        self.channels = read_channels(model, example_input)
+        self.number = int(self.channels.classes.max()) + 1
+        self.convs = {name: out for name, (out, _, _) in convolutions(self.channels).items()}
+        self.grouped = any(groups > 1 for _, _, groups in convolutions(self.channels).values())
+        self.filters = {}  # {layer: classes of its filters}
+        self.inputs = {}  # and of what it reads; a depthwise one reads its own filters only
+        for step in self.channels.steps:
+            if isinstance(step, Mix):
+                self.filters[layer_of(step)] = self.channels.classes[step.out]
+                if not step.depthwise:
+                    self.inputs[layer_of(step)] = self.channels.classes[step.inputs]
         layers = prunable_layers(model) if names is None else {name: model.get_submodule(name) for name in names}
         if kind == 'params':
             self.layers = {name: layer.weight.numel() for name, layer in layers.items()}
@@ -47,13 +49,11 @@ class ChannelCost:
 
     def alive(self, keep: Keep) -> torch.Tensor:
         """Bool [classes of channels]: False where every convolution that writes such a channel has a dead filter there."""
-        live = {name: torch.ones(out, dtype=torch.bool) for name, (out, _) in self.convs.items()}
+        live = {name: torch.ones(out, dtype=torch.bool) for name, out in self.convs.items()}
         live |= {name: kept.cpu() for name, kept in keep.items()}
         if self.grouped:  # else, as each layer keeps a filter, nothing else dies
-            masks = {name: live[name].view(-1, 1).repeat(1, inputs) for name, (_, inputs) in self.convs.items()}
-            live = {name: mask.any(1) for name, mask in live_masks(self.graph, masks).items()}
-        classes = {name: reader.filters for name, reader in self.readers.items()} | self.followers
-        written = {name: classes[name] for name in live if name in classes}
+            live |= live_filters(self.channels, {name: live[name] for name in self.convs})
+        written = {name: self.filters[name] for name in live if name in self.filters}
         alive = torch.ones(self.number, dtype=torch.bool)
         for channels in written.values():
             alive[channels] = False
@@ -63,12 +63,10 @@ class ChannelCost:
 
     def share(self, name: str, alive: torch.Tensor) -> float:
         """What part of a layer's weights stays."""
-        if name in self.followers:
-            return alive[self.followers[name]].float().mean().item()
-        if name not in self.readers:
+        if name not in self.filters:
             return 1.0
-        rows = alive[self.readers[name].filters]
-        columns = alive[self.readers[name].inputs]
+        rows = alive[self.filters[name]]
+        columns = alive[self.inputs[name]] if name in self.inputs else torch.ones(1)
         return int(rows.sum()) * int(columns.sum()) / (len(rows) * len(columns))
 
 

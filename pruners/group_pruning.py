@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from deploy.channels import channel_graph, dead_norms, live_masks
+from deploy.live import dead_norms, live_masks
+from deploy.ties import read_channels
 from sparse_utils import count_macs
 
 from .group_learning import default_example, group_convs, hard_groups, remove_groups, set_group
@@ -118,7 +119,7 @@ class PruneWrapper:
         self.say = say
         self.convs = group_convs(model, example_input, exclude, say)
         self.filters = convs_that_lose_filters(list(self.convs), fp_every_nth_conv, fp_layer_indices)
-        self.graph = channel_graph(model, example_input)
+        self.channels = read_channels(model, example_input)
         macs = {name: dense for name, (dense, _) in count_macs(model, example_input).items()}
         self.kernel_macs = {name: macs[name] / (conv.out_channels * conv.in_channels) for name, conv in self.convs.items()}
         self.macs = sum(macs[name] for name in self.convs)
@@ -186,7 +187,7 @@ class PruneWrapper:
 
     def masks_at(self, beta: float, rankings: dict[str, Ranking]) -> dict[str, torch.Tensor]:
         """{name: bool [out, in]}: False for what is under beta, and dead by it. Pruned FLOPs never fall with beta."""
-        return live_masks(self.graph, {name: mask_at(beta, r, self.round_to) for name, r in rankings.items()})
+        return live_masks(self.channels, {name: mask_at(beta, r, self.round_to) for name, r in rankings.items()})
 
     def why(self, rankings, flops, rate):
         """One sentence for a request that was not met."""
@@ -217,7 +218,7 @@ class PruneWrapper:
             return
         self.known_masks = masks
         self.dead = []
-        for name, channels in dead_norms(self.graph, self.masks()).items():
+        for name, channels in dead_norms(self.channels, self.masks()).items():
             norm = self.model.get_submodule(name)
             if channels.any() and norm.affine:
                 self.dead.append((norm, channels))

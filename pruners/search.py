@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from deploy.files import write_json
-from deploy.shrinking import release
+from deploy.graph import release
 
 from . import processes
 from .compressor import Compressor, GlobalPruner, StatisticsPruner
