@@ -103,9 +103,7 @@ def read_program(model, example_input, free_batch=False, training=False):
         with eval_mode(model), _muted():
             if training:
                 model.train()
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-            if _writes_into_views(exported.graph):
-                exported = exported.run_decompositions({})
+            exported = export(model, args, kwargs, shapes)
     except Exception as error:  # whatever the model's own code raises when it meets tensors without values
         raise ValueError(f'torch.export cannot trace {type(model).__name__}: {reason(error)}') from error
     signature = exported.graph_signature
@@ -119,6 +117,12 @@ def read_program(model, example_input, free_batch=False, training=False):
     names = {node: first.get(found[node.name], found[node.name]) for node in exported.graph.nodes if node.name in found}
     aliases = {names[0]: names for names in owners.values()}
     return Program(list(exported.graph.nodes), names, tensors, aliases, model)
+
+
+def export(model, args, kwargs, shapes):
+    """torch.export's program; taken apart only where an operation in place writes into a view, which could not be followed."""
+    exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    return exported.run_decompositions({}) if _writes_into_views(exported.graph) else exported
 
 
 def _twice(value):

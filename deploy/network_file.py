@@ -134,7 +134,7 @@ def reason(error):
 def save(model, path, example_input, **info):
     """Write `path`.pt, the plain state dict, and `path`.json, the description that load() rebuilds the network from.
 
-    model: layers of the table above with operations of the tables between them, from one tensor to one
+    model: layers of the table above with operations of the tables between them, from one
     tensor; it is left as it is. path: with or without .pt. example_input: a batch; the network is rebuilt from what will be
     written and must give the same outputs for it. info: plain values, stored along; load() gives them back as `model.info`.
     Weights that layers share are stored once each. Returns the two paths. Raises ValueError, naming the layer or operation,

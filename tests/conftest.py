@@ -7,7 +7,7 @@ import torch
 from helpers import read_few_digits
 
 import main as program
-from deploy import latency
+from deploy import graph, latency
 from harness import data, result
 
 data.read_digits = read_few_digits  # an epoch of the tests' runs has 96 images; 64 are enough to test it on
@@ -16,10 +16,43 @@ latency.WARM_UP, latency.FEWEST = 0, 1
 result.commit = functools.cache(result.commit)  # two git commands a run
 
 
+RUNNING = ('test_methods', 'test_admm', 'test_faults', 'test_lrr', 'test_main', 'test_nni', 'test_searches', 'test_dsp')
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """On inputs this small threads gain nothing, and on a busy machine they wait for each other."""
     torch.set_num_threads(1)
+
+
+@functools.cache
+def exported_before(key):
+    """A box for what torch.export made of a network of this structure: the graph does not depend on the weights."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def exported_once(request, monkeypatch):
+    """Export each structure of network once in the tests that run main.py, the same few networks again and again.
+
+    Tests of what is read from networks export each of theirs.
+    """
+    if request.module.__name__ not in RUNNING:
+        return
+    export = graph.export
+
+    def once(model, args, kwargs, shapes):
+        inputs = [
+            (tuple(x.shape), x.dtype) if torch.is_tensor(x) else x for x in torch.utils._pytree.tree_leaves((args, kwargs))
+        ]
+        modes = [module.training for module in model.modules()]
+        weights = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+        box = exported_before(repr((str(model), modes, weights, inputs, shapes)))
+        if not box:
+            box.append(export(model, args, kwargs, shapes))
+        return box[0]
+
+    monkeypatch.setattr(graph, 'export', once)
 
 
 @pytest.fixture

@@ -294,13 +294,18 @@ class Calls(nn.Module):
         (lambda x: x.type(torch.float64), 'type'),
         (lambda x: x if x.sum() > 0 else -x, 'cannot trace'),
         (lambda x: x + torch.ones(3, 3, 8, 8)[0, 0, 0, 0].item() * x.new_ones(1), 'new_ones'),
-        (lambda x: (x, x), 'one tensor'),
     ],
 )
 def test_what_cannot_be_described_is_named_and_nothing_is_written(function, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         network_file.save(Calls(function), tmp_path / 'small', IMAGES)
     assert not list(tmp_path.iterdir())
+
+
+def test_several_outputs_are_saved_and_loaded(tmp_path):
+    network_file.save(Calls(lambda x: (x, x + 1)), tmp_path / 'small', IMAGES)
+    one, two = network_file.load(tmp_path / 'small')(IMAGES)
+    assert torch.equal(two, one + 1)
 
 
 def test_a_parametrized_layer_and_an_unfit_info_are_named(odd, tmp_path):
