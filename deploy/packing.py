@@ -45,7 +45,7 @@ def pack(model, example_input, how='measured'):
     (shape [out, in / groups, 1, 1]) is False, and where all of its weights are exactly zero.
     example_input: a batch [B, C, H, W] on the model's device. The result takes any batch size and is fastest at this one.
     how: 'measured', or one way for all convolutions: 'whole', 'gathered', 'branches' (whole where a layer has no such way).
-    Layers are copies and channel indices buffers. `meta['layers']` of the result holds a line for each convolution: the way, and
+    Layers are copies and channel indices buffers. `meta['layers']` of the result has a line for each convolution: the way, and
     inputs -> filters of each branch; 'added' where only these filters are added to the other summand of the addition behind.
     Raises ValueError for a model that cannot be traced, for a layer that cannot be packed, by name, and where outputs differ.
     """

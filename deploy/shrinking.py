@@ -226,7 +226,7 @@ def _cut_state(value, parameter, kept):
 
 
 def _add_bias(groups, new, name, bias):
-    """Train a bias that shrink() has made, if its weight is trained: in the group of other biases and norms, or its weight's."""
+    """Train a bias that shrink() has made, if its weight is trained: in the group of other biases, or its weight's."""
     weight = new[name.rpartition('.')[0] + '.weight']
     own = [group for group in groups if any(parameter is weight for parameter in group['params'])]
     if not own:

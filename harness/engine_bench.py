@@ -1,10 +1,11 @@
 """How fast zeros run: the sparse engine beside dense engines, each in a process of its own.
 
-Several engines in one process disturb one another (threads that spin, caches), so every engine waits in its own process, and blocks of
-calls are timed in turn: all engines, ROUNDS rounds, median of the medians of blocks. The parent asks, the workers answer, one at a time.
+Several engines in one process disturb one another (threads that spin, caches), so every engine waits in its own process, and
+blocks of calls are timed in turn: all engines, ROUNDS rounds, median of the medians of blocks. The parent asks, the workers
+answer, one at a time.
 
 python bench.py sparse                              the table
-python -m harness.engine_bench ENGINE NETWORK BATCH THREADS      one worker: a line on standard input is answered by milliseconds
+python -m harness.engine_bench ENGINE NETWORK BATCH THREADS      a worker: answers a line on standard input by milliseconds
 """
 
 import importlib.util

@@ -5,6 +5,7 @@ from pathlib import Path
 from deploy import formats
 from deploy.latency import gains
 from deploy.network_file import save
+from deploy.reporting import report as deploy_report
 from deploy.shrinking import shrink
 from pruners.processes import say
 
@@ -32,7 +33,10 @@ def shrink_run(folder, round_to=1, pt2=False, onnx=False, torchscript=False, thr
             paths.append(folder / f'small.{suffix}')
             write(small, example, paths[-1])
     report(result, say)
-    if result['small_parameters'] == result['dense_parameters']:
+    held = deploy_report(model, example, round_to)
+    for filters in held:
+        say(str(filters))
+    if result['small_parameters'] == result['dense_parameters'] and not held:
         say('nothing could be removed: no filter and no channel of this network is zero as a whole')
     say(f'saved in {", ".join(map(str, paths))}')
     return result

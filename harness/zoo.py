@@ -149,7 +149,8 @@ def zoo(names=None, say=print):
         gap = f'outputs differ by {row["difference"]:.1e}' if 'difference' in row else row['refused']
         lines = f'; {len(row["said"])} lines name sizes' if row['said'] else ''
         say(
-            f'{name}: {row["ours"]:,} of {row["parameters"]:,} removed, {row["seconds"]:.1f} s, {gap}{lines}; Torch-Pruning {share}'
+            f'{name}: {row["ours"]:,} of {row["parameters"]:,} removed, {row["seconds"]:.1f} s, {gap}{lines}; '
+            f'Torch-Pruning {share}'
         )
         rows.append(row)
     return rows

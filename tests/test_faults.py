@@ -1,4 +1,4 @@
-"""Faults injected on purpose: a full disk, files cut short or corrupted, a diverging loss, Ctrl-C. For kills see test_methods.py.
+"""Faults injected on purpose: a full disk, files cut short or corrupted, a diverging loss, Ctrl-C. Kills: test_methods.py.
 
 In every case the run either ends as if nothing had happened, or is refused in one sentence; nothing is wrong silently.
 """

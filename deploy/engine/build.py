@@ -34,7 +34,7 @@ class CompilerError(RuntimeError):
 
 
 class Place(ctypes.Structure):
-    """Where a tensor lies: number of the buffer, floats before its first image, floats between two images, channels and rows."""
+    """Where a tensor lies: number of the buffer, floats before its first image, and between two images, channels and rows."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ('buffer', 'offset', 'image', 'plane', 'pitch')]
 

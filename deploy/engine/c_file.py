@@ -51,8 +51,10 @@ FUNCTIONS = {
     build.CONV: """
 /* Weight k of filter f (start[f] <= k < start[f + 1]) stands at index (channel * kernel_h + i) * kernel_w + j of the filter. */
 static void convolution(const float *in, float *out, const float *other, int channels, int height, int width, int filters,
-                        int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w,
-                        int dilation_h, int dilation_w, int groups, const float *bias, const int32_t *start, const int32_t *index,
+                        int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w,
+                        int pad_h, int pad_w,
+                        int dilation_h, int dilation_w, int groups, const float *bias,
+                        const int32_t *start, const int32_t *index,
                         const float *value, int kind, float low, float high) {
     const long plane = (long)out_height * out_width;
     for (int f = 0; f < filters; f++) {
@@ -139,7 +141,8 @@ static void pointwise(const float *in, float *out, const float *other, int chann
 }
 """,
     build.PAD: """
-static void pad(const float *in, float *out, int channels, int height, int width, int out_height, int out_width, const int32_t *rows,
+static void pad(const float *in, float *out, int channels, int height, int width, int out_height, int out_width,
+                const int32_t *rows,
                 const int32_t *columns, float value) {
     for (int c = 0; c < channels; c++)
         for (int y = 0; y < out_height; y++)
@@ -148,7 +151,8 @@ static void pad(const float *in, float *out, int channels, int height, int width
 }
 """,
     build.SPREAD: """
-static void spread(const float *in, float *out, int channels, int height, int width, int out_height, int out_width, int stride_h,
+static void spread(const float *in, float *out, int channels, int height, int width, int out_height, int out_width,
+                   int stride_h,
                    int stride_w, int pad_h, int pad_w) {
     for (long i = 0; i < (long)channels * out_height * out_width; i++) out[i] = 0;
     for (int c = 0; c < channels; c++)
@@ -173,8 +177,9 @@ FUNCTIONS[build.AVERAGE_POOL] = FUNCTIONS[build.MAX_POOL]
 def write_c(model, example_input, path):
     """Write `model` in eval mode, for inputs of the shape of example_input, as one C99 file; returns its path.
 
-    model: any network, or what sparse_compile gave. The file holds the weights that are not zero, the steps, and `void infer(const float *in, float *out)`. Raises ValueError for a
-    network with an operation that the engine does not know, more than one input or output, or weights that are not float32.
+    model: any network, or what sparse_compile gave. The file holds the weights that are not zero, the steps, and
+    `void infer(const float *in, float *out)`. Raises ValueError for a network with an operation that the engine
+    does not know, more than one input or output, or weights that are not float32.
     """
     name = type(model.model if isinstance(model, SparseNetwork) else model).__name__
     if isinstance(model, SparseNetwork):

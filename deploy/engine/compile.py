@@ -19,8 +19,9 @@ SHARE = 1e-5  # of the largest output: how far the engine may be away from PyTor
 def sparse_compile(model, example_input, threads=None):
     """A module with the outputs of `model` in eval mode that computes with the non-zero weights alone.
 
-    example_input: a tensor, or a tuple of tensors. threads: of the CPU (default: torch.get_num_threads() at each call). Other batch and
-    image sizes make their own plan when they first come; for another image size the network is read again, which takes seconds. The weights are copied: later changes of `model` do not show.
+    example_input: a tensor, or a tuple of tensors. threads: of the CPU (default: torch.get_num_threads() at each call). Other
+    batch and image sizes make their own plan when they first come; for another image size the network is read again, which
+    takes seconds. The weights are copied: later changes of `model` do not show.
     Raises build.CompilerError without a C++ compiler, and ValueError for a network or an input that is not float32 on the CPU.
     """
     return SparseNetwork(model, example_input, threads)
@@ -120,7 +121,7 @@ class SparseNetwork(nn.Module):
 
     @torch.no_grad()
     def report(self, *inputs):
-        """One record a layer or operation: name, zeros, weights, kernel, milliseconds. inputs: default, random ones of the first shape."""
+        """One record a layer or operation: name, zeros, weights, kernel, milliseconds. inputs: default, random ones."""
         shape = None
         if not inputs:
             shape = next(iter(self._plans))[1:]

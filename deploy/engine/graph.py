@@ -27,7 +27,8 @@ class Graph:
     """The operations of a network, in order.
 
     nodes: torch.fx nodes that compute something. inputs: the nodes of the network's inputs. constants: {node: tensor}.
-    outputs: the nodes that are returned; build(values) makes the network's own nesting of them. replaced: {node: node}, where an
+    outputs: the nodes that are returned; build(values) makes the network's own nesting of them. replaced: {node: node}, where
+    an
     in-place operation put its result into its first argument.
     """
 
@@ -65,7 +66,7 @@ class Graph:
         self._make_functional()
 
     def _make_functional(self):
-        """Later readers of an in-place operation's first argument read its result. Raises GraphError where views make that wrong."""
+        """Later readers of an in-place operation's argument read its result. Raises GraphError where views make that wrong."""
         replaced = {}
         for node in self.nodes:
             node.args = torch.fx.map_arg(node.args, lambda n: replaced.get(n, n))
@@ -99,7 +100,7 @@ class Graph:
         return values[0] if self.gives_one else pytree.tree_unflatten(values, self.exported.call_spec.out_spec)
 
     def shapes(self, inputs):
-        """{node: what it gives} for inputs like these, computed on the meta device; constants and what follows from them are real."""
+        """{node: what it gives} for inputs like these, on the meta device; constants and what follows from them are real."""
         found = {node: torch.empty_like(value, device='meta') for node, value in zip(self.inputs, inputs, strict=True)}
         found |= self.constants
         known = set(self.constants)

@@ -1,4 +1,4 @@
-"""From the graph to the engine's steps: batch norms folded, residuals and activations fused, everything else left to PyTorch."""
+"""From the graph to the engine's steps: batch norms folded, residuals and activations fused, the rest left to PyTorch."""
 
 import math
 from collections import Counter
@@ -88,7 +88,7 @@ class Lowering:
         sources = [self.root_of(parent) for parent in node.all_input_nodes if parent not in self.known]
         self.works.append(Work(node, f'{operation(node) or node.target}', sources, []))
 
-    # ----------------------------------------------------------------------------------------------------------- small helpers
+    # ------------------------------------------------------------------------------------------------------------ small helpers
 
     def _arguments(self, node, *names_and_defaults):
         """The node's arguments by the operator's own names, with defaults filled in."""
@@ -137,7 +137,7 @@ class Lowering:
         work.node = node
         work.shape = self.found[node].shape
 
-    # ------------------------------------------------------------------------------------------------- convolutions and linear layers
+    # ------------------------------------------------------------------------------------------- convolutions and linear layers
 
     def _conv2d(self, node):
         arguments = self._arguments(node)
@@ -232,7 +232,7 @@ class Lowering:
         work.weight = weight.contiguous()
         work.bias = None if bias is None else bias.contiguous()
 
-    # ----------------------------------------------------------------------------------------------------------------- batch norms
+    # -------------------------------------------------------------------------------------------------------------- batch norms
 
     def _batch_norm(self, node):
         arguments = self._arguments(node)
@@ -257,7 +257,7 @@ class Lowering:
         self._set_weight(work, scale.float(), shift.float())
         return True
 
-    # ---------------------------------------------------------------------------------------------- additions, products, concatenation
+    # --------------------------------------------------------------------------------------- additions, products, concatenation
 
     def _add(self, node):
         arguments = self._arguments(node)
@@ -332,7 +332,7 @@ class Lowering:
         self.works.append(work)
         return True
 
-    # ----------------------------------------------------------------------------------------------------------------- activations
+    # -------------------------------------------------------------------------------------------------------------- activations
 
     def _activate(self, node, kind, low=0.0, high=0.0):
         source = node.args[0]
@@ -383,7 +383,7 @@ class Lowering:
     def _tanh(self, node):
         return self._activate(node, build.TANH)
 
-    # ------------------------------------------------------------------------------------------------------------- pools and padding
+    # -------------------------------------------------------------------------------------------------------- pools and padding
 
     def _max_pool2d(self, node):
         return self._pool(node, build.MAX_POOL, 0)

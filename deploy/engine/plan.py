@@ -52,7 +52,7 @@ class Value:
         return self if self.parent is None else self.parent.root()
 
     def place(self, shape=None):
-        """Where it lies, read as a tensor of this shape: (buffer, floats before the first image, ... between images, planes, rows)."""
+        """Where it lies, read as this shape: (buffer, floats before the first image, ... between images, planes, rows)."""
         before, value = 0, self
         while value.parent is not None:
             before += value.before
@@ -72,7 +72,8 @@ def plain_strides(shape):
 class Plan:
     """Everything for inputs of one shape, on so many threads.
 
-    run(inputs) gives the network's output, or None when an input holds NaN or infinity. plain: only the steps, without borders, phases and
+    run(inputs) gives the network's output, or None when an input holds NaN or infinity. plain: only the steps, without borders,
+    phases and
     prepared weights, for write_c.
     """
 
@@ -115,7 +116,7 @@ class Plan:
         self.works = copies + self.works
 
     def _split_strides(self):
-        """Put a step that splits the input into its phases before convolutions with strides that are small enough to gain by it."""
+        """Put a step that splits the input into its phases before convolutions with strides that are small enough to gain."""
         split = {}  # by source and stride: the number of phases
         for work in self.works:
             if can_split(work):
@@ -178,7 +179,7 @@ class Plan:
         for node in self.returned:
             if node in self.values:
                 self.values[node].last = len(self.works)
-        # a step writes into the concatenation that reads its result: from the last concatenation to the first, so that they nest
+        # a step writes into the concatenation that reads its result: from the last one to the first, so that they nest
         made = {work.node for work in engine}
         reshaped = {
             self.root_of(node)
@@ -489,7 +490,8 @@ class Plan:
             return f'PyTorch {work.name}'
         if step.kind == build.CONV:
             how = 'direct' if step.direct else 'shifted rows' if step.shifted else 'packed rows'
-            return f'{"dense" if step.dense else "sparse"} convolution, {how}, {step.vectors} vectors, {step.block_bytes >> 10} KiB'
+            kind = 'dense' if step.dense else 'sparse'
+            return f'{kind} convolution, {how}, {step.vectors} vectors, {step.block_bytes >> 10} KiB'
         if step.kind == build.LINEAR:
             return 'dense linear' if step.dense else 'sparse linear'
         return LABELS[step.kind]
