@@ -146,6 +146,8 @@ def is_number(word):
 
 def known_flags(words, flags):
     """Of the user's flags those that main.py has for the row that `words` name: not every method has every flag."""
+    if not flags:
+        return []  # without reading the table once more for each row
     known = arguments.flags_of(words)
     return [word for group in with_values(flags) if group[0].split('=')[0] in known for word in group]
 
