@@ -14,6 +14,7 @@ import math
 import pickle
 import sys
 import tempfile
+import traceback
 import zlib
 from collections import namedtuple
 from pathlib import Path
@@ -486,4 +487,7 @@ class FolderBatches:
                 images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
                 yield self.normalise(images), labels
         except DataError as error:  # from a worker it comes with that one's traceback
-            raise DataError(str(error).strip().splitlines()[-1].removeprefix('data.DataError: ')) from None
+            # Its frames hold the loader: collected late, its workers no longer hear that they are to end, and each of them is
+            # waited for, five seconds long.
+            traceback.clear_frames(error.__traceback__)
+            raise DataError(str(error).strip().splitlines()[-1].split('DataError: ')[-1]) from None

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -754,6 +755,8 @@ def test_a_broken_jpeg_is_named(folders, workers):
             with pytest.raises(data.DataError, match=f'{broken.name} cannot be read as an image') as caught:
                 whole_epoch(load('imagenet', folders, workers=workers).train)
             assert '\n' not in str(caught.value)
+            assert str(caught.value).startswith(str(broken))
+            assert not multiprocessing.active_children()  # the workers have ended
     finally:
         broken.write_bytes(whole)
 
