@@ -2,7 +2,6 @@
 
 import copy
 import json
-import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -117,9 +116,9 @@ def test_masks_of_the_authors_code(capsys):
     rankings = {name: ranking(conv.weight, conv.group, name in pruner.filters) for name, conv in pruner.convs.items()}
     masks = list(pruner.masks_at(beta, rankings).values())
     assert all(np.array_equal(mask.numpy(), golden[f'mask/0.5/{i}'][:, :, 0, 0]) for i, mask in enumerate(masks))
-    began = time.perf_counter()
+    tried = betas_tried(pruner)
     achieved = pruner.initialize(0.5)
-    assert time.perf_counter() - began < 2
+    assert len(tried) < 25  # of thousands: halved again and again
     assert achieved == pytest.approx((flops, weights), abs=0.5)
     same = [np.mean(mask.numpy() == golden[f'mask/0.5/{i}']) for i, mask in enumerate(pruner.masks().values())]
     assert min(same) >= 0.98
@@ -500,6 +499,14 @@ def with_random_groups(groups=4, every=2, seed=0, **more):
     return model, pruner
 
 
+def betas_tried(pruner):
+    """A list that takes down each beta whose masks the pruner looks at."""
+    tried = []
+    masks_at = pruner.masks_at
+    pruner.masks_at = lambda beta, rankings: tried.append(beta) or masks_at(beta, rankings)
+    return tried
+
+
 def test_masks_at_a_beta_by_hand():
     # group 0: filters 0 and 2, group 1: filter 1. Squared weights of group 0 by channel: 1, 4, 5; of group 1: 0, 9, 1.
     weight = torch.tensor([[1.0, 0, 1], [0, 3, 1], [0, 2, 2]]).view(3, 3, 1, 1)
@@ -531,11 +538,11 @@ def test_more_beta_prunes_more_and_little_prunes_little():
 
 @pytest.mark.parametrize('rate', [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_the_request_is_met_and_counted_alike(rate):
-    """initialize(0.1) prunes 10 %, quickly, and count_macs finds the same on the network, convolution for convolution."""
+    """initialize(0.1) prunes 10 %, after few tries; count_macs finds the same on the network, convolution for convolution."""
     model, pruner = with_random_groups()
-    began = time.perf_counter()
+    tried = betas_tried(pruner)
     flops, weights = pruner.initialize(rate)
-    assert time.perf_counter() - began < 2
+    assert len(tried) < 25
     assert flops == pytest.approx(100 * rate, abs=1) and flops >= 100 * rate
     macs = count_macs(model, torch.zeros(1, 3, 32, 32))
     dense, left = (sum(macs[name][i] for name in pruner.convs) for i in (0, 1))
