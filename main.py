@@ -46,7 +46,9 @@ def main(argv=None):
         layers_to_prune(model, args.pthres)  # raises ValueError where there are none
         method = methods.load(args.method)(args)
         if run := vars(args).get('from'):
-            method.start_from(model, run_folder.weights(run.replace('{seed}', str(args.seed))))
+            run = run.replace('{seed}', str(args.seed))
+            method.start_from(model, run_folder.weights(run))
+            run_folder.compare_images(run, args)
         folder, lock = run_folder.open_run(args)
     except (DataError, FileError, ValueError, RuntimeError) as error:
         sys.exit(f'main.py: error: {error}')
@@ -60,6 +62,7 @@ def carry_out(job, method):
     """Train, finalize, measure and write down; a run that fails leaves its reason in result.json."""
     say(f'{job.args.method} on {job.args.model}, {job.args.dataset}, {result.hardware(job.device)}; in {job.folder}')
     try:
+        method.announce(job.model)
         method.run(job)
         job.model = method.finalize(job.model)
         state = {name: tensor.cpu().contiguous() for name, tensor in job.model.state_dict().items()}

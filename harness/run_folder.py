@@ -40,6 +40,30 @@ def weights(run):
     return read_tensors(path)
 
 
+def compare_images(run, args):
+    """Say it where the run that --from names, by folder or file, has seen images normalised in another way than this one."""
+    there = read_json((Path(run) if Path(run).is_dir() else Path(run).parent) / 'args.json') or {}
+    for name in ('mean', 'std', 'per_image'):
+        other = there.get(name) or None
+        own = vars(args).get(name) or None
+        if there.get('dataset') == args.dataset and list_of(other) != list_of(own):
+            flag = name.replace('_', '-')
+            processes.say(
+                f'the run of --from had --{flag} {shown(other)}, this one has {shown(own)}: '
+                'its weights expect images as they were there, so give the same, or train on long enough'
+            )
+
+
+def list_of(value):
+    """A tuple becomes a list when it was read from a JSON file."""
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def shown(value):
+    """As it would be typed."""
+    return ' '.join(f'{number:g}' for number in value) if isinstance(value, (list, tuple)) else str(value)
+
+
 def open_run(args):
     """Make or reopen the run's folder -> (Path, lock). Raises RunError when it holds another run, or one that is running."""
     args.out = processes.same(str(args.out or f'runs/{datetime.now():%Y-%m-%d_%H-%M-%S}_{args.sname}'))

@@ -12,6 +12,9 @@ from argparse import ArgumentParser, Namespace
 import torch
 from torch import nn
 
+from pruners.processes import say
+from sparse_utils import summary, weights_to_prune
+
 # The classes of NNI's pruners, and the modules they live in.
 PRUNERS = {
     'LevelPruner': 'level',
@@ -62,6 +65,10 @@ class Method:
         except RuntimeError as error:
             reason = ' '.join(f'{error}'.split())[:200]  # not str(): once methods/str.py is loaded, that name is the module
             raise ValueError(f'the weights of --from do not fit {self.args.model}: {reason}') from None
+
+    def announce(self, model: nn.Module) -> None:
+        """Say before training which weights are to be pruned, and which are not although one could expect it."""
+        say(summary(model, *weights_to_prune(model, self.args.pthres)))
 
     def prepare(self, model: nn.Module, steps: int, args: Namespace) -> None:
         """Change the model for a stage of `steps` steps, before the optimizer exists; safe to call again.

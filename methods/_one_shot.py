@@ -99,7 +99,6 @@ class OneShot(Base):
             say(f'prunes all {len(chosen)} layers of type {kinds}')
 
     def run(self, job):
-        self.announce(job.model)
         self.make_pruner(job.model)  # a faulty configuration is to show before training
         self.pretrain(job)
         self.pruner = self.make_pruner(job.model)

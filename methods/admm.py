@@ -285,7 +285,6 @@ class Method(OneShot):
         return algorithm(args.base_algo)
 
     def run(self, job):
-        self.announce(job.model)
         base = base_pruner(algorithm(self.args.base_algo), job.model, self.config_list(job.model), by_layer=False)
         self.pretrain(job)
         base.decide_together(self.groups(job, job.model))

@@ -284,7 +284,6 @@ class Method(Searching):
 
     def run(self, job):
         self.job = job
-        self.announce(job.model)
         rounds = RoundsInLoop(self, job)
         with tempfile.TemporaryDirectory() as folder:  # what is done at the end is tried before training
             save(rounds.rehearse(job.model), Path(folder) / 'small', rounds.example)

@@ -238,6 +238,9 @@ class Method(Base):
         """What the result says beside the counted figures."""
         return {'stage': self.args.stage, 'selected': self.select, **self.figures}
 
+    def announce(self, model):
+        pass  # its wrappers say it
+
     # ------------------------------------------------------------------------------------------------------- the stages
 
     def run(self, job):

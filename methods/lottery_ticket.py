@@ -163,7 +163,6 @@ class Method(OneShot):
 
     def run(self, job):
         """Each round is a stage; what comes before the last stage that has ended is not needed (see _chain.py)."""
-        self.announce(job.model)
         self.pruner = LotteryTicketPruner(job.model, self.config_list(job.model))
         first = self.chain.first_round(job, self.rounds)
         self.pruner.go_on_in_round(first)

@@ -34,7 +34,7 @@ from deploy.formats import missing_onnx_packages
 
 from . import processes
 from .batch_norms import batch_norms
-from .config_list import is_positive, select_layers
+from .config_list import is_positive, select_layers, warn_of_others
 from .holding import Hold, apply_masks
 from .selection import Keep, Scores, expand_mask, filters_first, join_groups, keep_by_layer, keep_globally
 
@@ -59,6 +59,8 @@ class Compressor:
         self.model = model
         self.optimizer = unwrapped(optimizer)
         self.layers, self.entries = select_layers(model, config_list, self.REQUIRED, self.OPTIONAL, self.TYPES)
+        if self.TYPES is None:
+            warn_of_others(type(self).__name__, model, config_list)
         self.sparsity = {name: entry.get('sparsity', 0.0) for name, entry in self.entries.items()}
         self.norms = batch_norms(model) if self.FILTERS else {}
         self.groups = []  # see decide_together()

@@ -1,11 +1,14 @@
 """Config lists: which layers of a model a pruner takes, and with which settings. NNI's form, checked to the last key."""
 
 import difflib
+import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.utils import parametrize
+
+from sparse_utils import matrices, place_name
 
 from .own_weight import why_not_own
 
@@ -92,6 +95,23 @@ def check_layer(name: str, layer: nn.Module, types: tuple[str, ...] | None, plac
         raise ValueError(f'{place}: {name} is a {kind}; this pruner takes {listed(types)} only')
     if reason := why_not_own(layer):
         raise ValueError(f'{place}: {name}, a {kind}, {reason}')
+
+
+def warn_of_others(pruner: str, model: nn.Module, config_list: list[dict]) -> None:
+    """Name the matrices that a pruner of weights leaves dense where op_types 'default' sounds like all of them."""
+    if not any('default' in entry.get('op_types', ()) for entry in config_list):
+        return
+    kinds = {}
+    for name, module, attribute in matrices(model):
+        if attribute != 'weight' or not is_of_type(module, DEFAULT_TYPES):
+            kinds.setdefault(f'{type(module).__name__}.{attribute}', []).append(place_name(name, attribute))
+    if kinds:
+        parts = [f'{len(names)} x {kind} (as {names[0]})' for kind, names in kinds.items()]
+        warnings.warn(
+            f"{pruner}: 'default' means layers of PyTorch's with a `weight`, so these stay dense: {', '.join(parts)}. "
+            'Layers with a `weight` can be named in op_types or op_names; sparse_utils.Pruner(include=...) prunes any matrix',
+            stacklevel=4,
+        )
 
 
 def type_names(module: nn.Module) -> list[str]:

@@ -149,6 +149,23 @@ def test_sparsity_0_prunes_nothing():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_matrices_that_default_does_not_mean_are_named():
+    model = nn.ModuleDict({'attention': nn.MultiheadAttention(8, 2), 'lstm': nn.LSTM(8, 4), 'fc': nn.Linear(8, 8)})
+    with pytest.warns(UserWarning, match='LevelPruner: .*stay dense: ') as caught:
+        LevelPruner(model, [{'sparsity': 0.5, 'op_types': ['default']}])
+    said = str(caught[0].message)
+    assert '1 x MultiheadAttention.in_proj_weight (as attention.in_proj_weight)' in said
+    assert '1 x LSTM.weight_ih_l0 (as lstm.weight_ih_l0)' in said and 'fc' not in said
+    assert caught[0].filename == __file__  # the line to change
+
+
+@pytest.mark.parametrize('types', [['default'], ['Linear']])
+def test_nothing_is_said_where_all_is_meant_or_some_are_chosen(types, recwarn):
+    model = net() if types == ['default'] else nn.ModuleDict({'attention': nn.MultiheadAttention(8, 2)})
+    LevelPruner(model, [{'sparsity': 0.5, 'op_types': types}])
+    assert not recwarn
+
+
 def test_algorithms_by_name():
     for name in ('level', 'slim', 'l1', 'l2', 'fpgm', 'taylorfo', 'apoz', 'mean_activation'):
         assert algorithm(name).__name__ in methods.PRUNERS

@@ -1,5 +1,6 @@
 """main.py as a user meets it: the seed's commands, the run folder, resuming, and one clear sentence for what is wrong."""
 
+import argparse
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ import main as program
 import methods
 from args import COMMANDS, common_parser, parse
 from deploy.files import read_tensors as load_state
+from harness import run_folder
 from harness.training import lr_factor
 
 
@@ -35,6 +37,19 @@ SEED_COMMANDS = [
     "--gpu=0 --wd=5e-4 --epochs=160 --model=resnet20 --ptarget=0.90 --sname='resnet20_ep=160_wd=5e-4_pt=0.90'",
     "--gpu=0 --wd=5e-4 --epochs=160 --model=resnet20 --ptarget=0.99 --sname='resnet20_ep=160_wd=5e-4_pt=0.99'",
 ]
+
+
+def test_a_start_from_a_run_that_saw_other_images_is_named(tmp_path, capsys):
+    there = {'dataset': 'cifar10', 'mean': [0.5, 0.5, 0.5], 'std': [0.25, 0.25, 0.25], 'per_image': None}
+    (tmp_path / 'args.json').write_text(json.dumps(there))
+    same = argparse.Namespace(dataset='cifar10', mean=(0.5, 0.5, 0.5), std=[0.25, 0.25, 0.25], per_image=False)
+    run_folder.compare_images(tmp_path, same)
+    run_folder.compare_images(tmp_path / 'model.pt', argparse.Namespace(**vars(same) | {'dataset': 'mnist', 'std': [1]}))
+    run_folder.compare_images(tmp_path / 'elsewhere' / 'model.pt', same)
+    assert not capsys.readouterr().out
+    other = argparse.Namespace(**vars(same) | {'std': [0.2, 0.25, 0.25]})
+    run_folder.compare_images(tmp_path / 'model.pt', other)
+    assert '--std 0.25 0.25 0.25, this one has 0.2 0.25 0.25' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('words, zeros', list(zip(SEED_COMMANDS, [983_664, 1_082_030], strict=True)))
@@ -54,6 +69,7 @@ def test_the_commands_of_the_seed(words, zeros, tmp_path, monkeypatch, capsys):
     if not torch.cuda.is_available():
         assert 'running on the CPU' in printed
     (folder,) = (tmp_path / 'runs').iterdir()
+    assert '1,092,960 of 1,096,196 parameters are pruned, those of 22 weights\n' in printed
     assert folder.name.endswith(words[-1].removeprefix('--sname='))
     result, state = read_run(folder)
     assert result['zeros'] == zeros and result['weights'] == 1_092_960 and result['parameters'] == 1_096_196
