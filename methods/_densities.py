@@ -93,3 +93,20 @@ def dense_names(names, places):
     """The names of the layers that --dense-layers means: `names` in their order, places 'first' or 'last'."""
     ends = {'first': names[0], 'last': names[-1]}
     return list(dict.fromkeys(ends[place] for place in places))
+
+
+def scope(text):
+    """The value of --scope; --distribution says the same, with its own word for `layer`."""
+    return 'layer' if text == 'uniform' else text
+
+
+def add_scope_flag(parser, scopes):
+    """--scope, the first of `scopes` by default: 'layer', 'global', 'erk'."""
+    meanings = {
+        'layer': 'the same share of each layer (also called uniform)',
+        'global': 'all ranked together',
+        'erk': 'densities by ERK (Erdos-Renyi-Kernel)',
+    }
+    text = '; '.join(f'{name}: {meanings[name]}' for name in scopes) + ' (default: %(default)s)'
+    names = ['--scope', '--distribution'] if 'erk' in scopes else ['--scope']
+    parser.add_argument(*names, dest='scope', type=scope, choices=scopes, default=scopes[0], help=text)

@@ -99,16 +99,6 @@ def random_masks(shapes, counts, generator, device):
     return masks
 
 
-def scope(text):
-    """The value of --scope; --distribution says the same, with its own word for `layer`."""
-    return 'layer' if text == 'uniform' else text
-
-
-def add_scope_flag(parser):
-    text = 'rank all weights together, or in each layer: by the same share (layer, uniform), or by ERK (default: %(default)s)'
-    parser.add_argument('--scope', '--distribution', dest='scope', type=scope, choices=SCOPES, default='global', help=text)
-
-
 class Masked(torch.nn.Module):
     """A parametrization: the layer computes with weight * mask, and the gradient is masked with it."""
 

@@ -1,6 +1,7 @@
 """What the one-shot pruners do on the command line: pretrain, prune, fine-tune with the masks."""
 
 import itertools
+import math
 from argparse import BooleanOptionalAction
 from fnmatch import fnmatchcase
 
@@ -11,6 +12,7 @@ from pruners.config_list import DEFAULT_TYPES, is_of_type, suggestion
 from pruners.processes import say
 
 from . import Method as Base
+from ._densities import add_scope_flag, kept_counts
 from ._flags import count, nonnegative, positive
 
 
@@ -27,6 +29,18 @@ def add_dependency_flag(parser):
         default=True,
         help='layers whose filters can only be removed together, as those of a residual stream, have one mask (default: on)',
     )
+
+
+def densities_as_entries(shapes, ratio):
+    """{layer: shape of its weight} -> a config list that leaves each as many weights as ERK gives it.
+
+    A share of (n - k + 1/2) / n of n weights, rounded down, are n - k.
+    """
+    entries = []
+    for name, kept in kept_counts(shapes, ratio, 'erk').items():
+        n = math.prod(shapes[name])
+        entries.append({'sparsity': (n - kept + 0.5) / n, 'op_names': [name]})
+    return entries
 
 
 def matches_any(name, patterns):
@@ -61,7 +75,7 @@ class OneShot(Base):
         if cls.PRUNER is not None and cls.PRUNER.FILTERS:
             add_dependency_flag(parser)
         if cls.SCOPES:
-            add('--scope', choices=cls.SCOPES, default=cls.SCOPES[0], help='rank in each layer, or all together' + shown)
+            add_scope_flag(parser, cls.SCOPES)
 
     def layer_names(self, model):
         """(names to prune, names of the same types that are left out). Raises ValueError for a name that matches nothing."""
@@ -81,11 +95,14 @@ class OneShot(Base):
 
     def config_list(self, model):
         """The config list that the flags mean."""
-        return [{'sparsity': self.args.ptarget, 'op_names': self.layer_names(model)[0]}]
+        names = self.layer_names(model)[0]
+        if vars(self.args).get('scope') == 'erk':
+            return densities_as_entries({name: model.get_submodule(name).weight.shape for name in names}, self.args.ptarget)
+        return [{'sparsity': self.args.ptarget, 'op_names': names}]
 
     def options(self):
         """Further arguments of the class."""
-        return {'global_sort': self.args.scope == 'global'} if len(self.SCOPES) > 1 else {}
+        return {'global_sort': self.args.scope == 'global'} if 'global' in self.SCOPES else {}
 
     def make_pruner(self, model):
         return self.PRUNER(model, self.config_list(model), **self.options())

@@ -14,8 +14,9 @@ import torch
 
 from pruners.momentum import momenta
 
+from ._densities import add_scope_flag
 from ._flags import fraction
-from ._masks import Masking, add_scope_flag, magnitude_masks
+from ._masks import SCOPES, Masking, magnitude_masks
 
 PHASES = [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85]
 
@@ -36,7 +37,7 @@ class Method(Masking):
     def add_args(parser):
         text = f'when the phase changes, as shares of training (default: {" ".join(map(str, PHASES))})'
         parser.add_argument('--phases', type=fraction, nargs='+', default=PHASES, metavar='SHARE', help=text)
-        add_scope_flag(parser)
+        add_scope_flag(parser, SCOPES)
 
     def prepare(self, model, steps, args):
         super().prepare(model, steps, args)

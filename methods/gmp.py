@@ -13,8 +13,9 @@ is ranked, so weights return; and masks are renewed until training ends.
 Deviation: the paper leaves the momentum of a pruned weight open; here it is cleared, or the weight would move.
 """
 
+from ._densities import add_scope_flag
 from ._flags import nonnegative, positive
-from ._masks import Masking, add_scope_flag, magnitude_masks
+from ._masks import SCOPES, Masking, magnitude_masks
 
 
 def sparsity_at(step, start, end, initial, final):
@@ -48,7 +49,7 @@ class Method(Masking):
         add, shown = parser.add_argument, ' (default: %(default)s)'
         start, end = (f' (default: {share:g} of the epochs)' for share in cls.RAMP)
         add('--frequency', type=positive, default=cls.FREQUENCY, metavar='STEPS', help='dt: steps between mask updates' + shown)
-        add_scope_flag(parser)
+        add_scope_flag(parser, SCOPES)
         add('--initial-sparsity', type=nonnegative, default=0.0, metavar='SHARE', help='s_i, zeros at the start' + shown)
         add('--start-epoch', type=nonnegative, metavar='EPOCH', help='t0, where the ramp starts' + start)
         add('--end-epoch', type=nonnegative, metavar='EPOCH', help='t0 + n dt, where it ends' + end)

@@ -2,7 +2,7 @@
 
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015, arXiv 1506.02626, without its
 iterations. floor(s n) of the n weights of a layer are zero, however many are equal (see pruners/compressor.py). Biases stay.
---scope global, which NNI does not have, ranks the weights of all layers together.
+--scope global, which NNI does not have, ranks the weights of all layers together; --scope erk gives each layer ERK's density.
 """
 
 import torch
@@ -28,4 +28,4 @@ class LevelPruner(GlobalPruner):
 
 class Method(OneShot):
     PRUNER = LevelPruner
-    SCOPES = ('layer', 'global')
+    SCOPES = ('layer', 'global', 'erk')

@@ -3,8 +3,9 @@ Neural Networks", ICLR 2019, arXiv 1803.03635, section 1: iterative pruning by r
 
 Round 0 trains the dense network. Round k of n prunes each layer to the share 1 - (1 - P)^(k/n) of its weights that ended the
 round before with the least magnitude, sets what is left back to its initial values, and trains again. That is NNI's schedule:
-every round prunes the same share 1 - (1 - P)^(1/n) of the survivors, in every layer. The paper prunes 20 % a round, and half of
-that in the output layer. A pruned weight never returns. Biases and batch norms are not pruned, but set back.
+every round prunes the same share 1 - (1 - P)^(1/n) of the survivors, in every layer; with --scope erk each layer has a P of its
+own, so that the last round has ERK's densities. The paper prunes 20 % a round, and half of that in the output layer. A pruned
+weight never returns. Biases and batch norms are not pruned, but set back.
 --rewind-epoch k sets back to the end of epoch k of round 0 instead (Frankle et al., "Linear Mode Connectivity and the Lottery
 Ticket Hypothesis", ICML 2020); each round still trains all epochs with the whole schedule of the learning rate.
 On the command line, --last-round k stops after round k, and --chain DIR shares finished rounds among such runs, to the bit. The
@@ -21,6 +22,7 @@ from pruners import processes
 from pruners.compressor import Compressor
 
 from ._chain import Chain, add_chain_flag
+from ._densities import add_scope_flag
 from ._flags import count, positive
 from ._one_shot import OneShot, add_layer_flags
 
@@ -119,6 +121,7 @@ class LotteryTicketPruner(Compressor):
 
 class Method(OneShot):
     PRUNER = LotteryTicketPruner
+    SCOPES = ('layer', 'erk')
     DEFAULTS = {'model': 'lenet300_100', 'dataset': 'mnist', 'epochs': 50, 'batch_size': 60, 'ptarget': 0.96, 'clip': 0.0}
     DEFAULTS |= {'optimizer': 'adam', 'lr': 1.2e-3, 'lr_schedule': 'constant', 'wd': 0.0}
 
@@ -142,9 +145,10 @@ class Method(OneShot):
         add('--rewind-epoch', type=count, default=0, metavar='K', help='set back to the end of epoch K of round 0' + shown)
         add_chain_flag(parser, 'runs of several --last-round')
         add_layer_flags(parser)
+        add_scope_flag(parser, cls.SCOPES)
 
     def config_list(self, model):
-        return [super().config_list(model)[0] | {'prune_iterations': self.args.prune_iterations}]
+        return [entry | {'prune_iterations': self.args.prune_iterations} for entry in super().config_list(model)]
 
     def after_epoch(self, epoch):
         if self.pruner is not None and self.round == 0 and epoch + 1 == self.args.rewind_epoch:

@@ -23,9 +23,11 @@ from methods import (
     L1FilterPruner,
     L2FilterPruner,
     LevelPruner,
+    LotteryTicketPruner,
     SlimPruner,
     TaylorFOWeightFilterPruner,
 )
+from methods._densities import kept_counts
 from methods.agp import sparsity_at
 from methods.fpgm import distances
 from methods.random_filter import RandomFilterPruner
@@ -656,7 +658,7 @@ def test_a_run_prunes_its_share_of_every_convolution(name, tmp_path):
     assert lines[-1]['lr'] == 1e-3
 
 
-def test_level_runs_in_both_scopes(tmp_path):
+def test_level_runs_in_each_scope(tmp_path):
     words = ['--method=level', '--ptarget=0.9', '--epochs=1', '--finetune-epochs=1']
     result, _ = run_main(tmp_path / 'layer', *words)
     for layer, (zeros, n, *_) in result['layers'].items():
@@ -664,6 +666,22 @@ def test_level_runs_in_both_scopes(tmp_path):
     result, _ = run_main(tmp_path / 'global', *words, '--scope=global')
     assert result['zeros'] == int(0.9 * result['weights'] + 1e-6)
     assert result['layers']['conv1'][0] < int(0.9 * result['layers']['conv1'][1])
+    result, state = run_main(tmp_path / 'erk', *words, '--distribution=erk')
+    shapes = {name.removesuffix('.weight'): tuple(tensor.shape) for name, tensor in state.items() if tensor.dim() > 1}
+    kept = kept_counts(shapes, 0.9, 'erk')
+    assert {name: n - zeros for name, (zeros, n, *_) in result['layers'].items()} == kept
+    assert result['zeros'] == round(0.9 * result['weights'])
+
+
+def test_the_last_round_of_the_lottery_ticket_has_the_densities_of_erk():
+    method = methods.load('lottery_ticket')(parse([*TINY, '--method=lottery_ticket', '--ptarget=0.8', '--scope=erk']))
+    model = nn.ModuleDict({'conv1': nn.Conv2d(3, 16, 3), 'conv2': nn.Conv2d(16, 32, 3), 'fc': nn.Linear(64, 10)})
+    pruner = LotteryTicketPruner(model, method.config_list(model))
+    for _ in pruner.get_prune_iterations():
+        pruner.prune_iteration_start()
+    # 5680 weights, 1136 are kept: eps = 1136 / (25 + 54 + 74) = 7.42484, and the layers' shares are 185.62, 400.94, 549.44
+    kept = {name: int((layer.weight != 0).sum()) for name, layer in model.items()}
+    assert kept == {'conv1': 186, 'conv2': 401, 'fc': 549}
 
 
 def test_slim_runs_with_its_loss(tmp_path):
