@@ -1,6 +1,7 @@
 """Tables out of recorded runs; nobody types a number.
 
-    python -m harness.table            rewrite results/<table>.md of every table in configs/, and results/tables.md, their list
+    python -m harness.table            rewrite results/<table>.md of every table in configs/, results/tables.md, their list, and
+                                       results/weights/README.md, the list of published weights
     python -m harness.table --check    fail if one of them is not what results/runs.jsonl says
 
 A row shows the mean and the sample standard deviation over its seeds, or, with `summary: median` in the table, the median and
@@ -22,6 +23,8 @@ import args as arguments
 from deploy import files
 from deploy.files import read_json
 from methods._flags import PLACE
+
+from . import weights_page
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -310,6 +313,8 @@ def main():
     results = recorded()
     pages = {f'{name}.md': page(name, results.get(name, {})) for name in table_names()}
     pages['tables.md'] = index(results)
+    weights = [weights_page.cells(file, about) for file, about in weights_page.rows()]
+    pages['weights/README.md'] = weights_page.HEAD + markdown(weights_page.COLUMNS, weights)
     if not check:
         write(pages)
         return

@@ -1,4 +1,5 @@
-"""GraNet (Liu et al., "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", NeurIPS 2021; 2106.10404).
+"""GraNet (Liu et al., "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", NeurIPS 2021,
+arXiv 2106.10404).
 
 Training starts with random ERK masks at sparsity s_i. After every dt = --frequency steps, t steps being done (algorithm 1):
 prune    until t_f, the end of the ramp: the smallest weights of the whole network, to s(t) = s_f + (s_i - s_f) (1 - t / t_f)^3

@@ -1,4 +1,5 @@
-"""GraSP (Wang, Zhang, Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020; 2002.07376).
+"""GraSP (Wang, Zhang, Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020,
+arXiv 2002.07376).
 
 Before training, weights are ranked all together by what removing them does to the norm of the gradient (equation 8):
 S = -w (H g),  g the gradient and H the Hessian of the loss of logits / 200
