@@ -230,6 +230,9 @@ def carry_out(path, runs, options):
             if state == 'finished':
                 published.publish(run.out)
     if options.record or options.publish:
+        tables.record_logs(
+            table, [(run.row['id'], run.seed, run.out) for run, state in zip(runs, states, strict=True) if state == 'finished']
+        )
         tables.record(table, results)
     print('\n' + tables.render(path, results), flush=True)
 

@@ -6,11 +6,13 @@
                 hollow marks for the figures the papers give, a dashed line for the dense network; on the axis of sparsity the
                 methods stand a little beside one another, or their marks would cover each other
 <table>-filters the same for methods that prune whole filters, with the MACs that are left once these are removed
+<table>-learning  accuracy over epochs, from the logs of results/logs
 <table>-layers  share of zeros in each layer, counted in the published weights, at the highest sparsity that most methods have
 Colours are those of Okabe and Ito, and every series has a mark of its own, so that a picture can be read in print and by the
 colour-blind.
 """
 
+import json
 import re
 import statistics
 import sys
@@ -122,6 +124,43 @@ def clip_to(axes, accuracies, series):
         axes.text(0.03, 0.03, 'below this axis:\n' + text, transform=axes.transAxes, fontsize=8)
 
 
+def learning(name, row, seeds):
+    """[(epochs done, accuracy)], from the log of a row's first seed that has one; of training in rounds the last round."""
+    path = next((path for seed in seeds if (path := tables.log_of(name, row, seed)).exists()), None)
+    if path is None:
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if lines[-1]['stage'].startswith('round'):
+        lines = [line for line in lines if line['stage'] == lines[-1]['stage']]
+    return [(done, line['accuracy']) for done, line in enumerate(lines, 1)]
+
+
+def draw_learning(table, name):
+    """Accuracy over epochs -> figure, or None of fewer than two logs. Of many rows those of one sparsity, and dense."""
+    found = {row['id']: learning(name, row['id'], row['seeds']) for row in table['rows']}
+    found = {row: line for row, line in found.items() if len(line) > 1}
+    if len(found) > len(MARKS):
+        ending = common_ending(found)
+        found = {row: line for row, line in found.items() if row.endswith(ending) or row == 'dense'}
+    if len(found) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout='constrained')
+    for number, (row, line) in enumerate(found.items()):
+        style = '-' if number < len(COLOURS) else '--'
+        axes.plot(*zip(*line, strict=True), style, label=row, color=COLOURS[number % len(COLOURS)], linewidth=1.2)
+    axes.set_xlabel('epochs')
+    axes.set_ylabel('test accuracy, %')
+    axes.set_title(table['title'], fontsize=10)
+    figure.legend(loc='outside right upper', frameon=False)
+    return figure
+
+
+def common_ending(rows):
+    """The number with which most ids of rows end, the largest of several; '' where none ends with one."""
+    endings = [match[0] for row in rows if (match := re.search(r'-[0-9.]+$', row))]
+    return max(endings, key=lambda text: (endings.count(text), float(text[1:])), default='')
+
+
 def layer_shares(name):
     """{row: {layer: share of zeros}} from the published weights of a table, first seed of each row."""
     shares = {}
@@ -137,10 +176,9 @@ def draw_layers(table, name):
     """Zeros in each layer as bars, a panel for each method -> figure, or None when nothing of the table is published."""
     shares = layer_shares(name)
     shares = {row['id']: shares[row['id']] for row in table['rows'] if row['id'] in shares}
-    endings = [match[0] for row in shares if (match := re.search(r'-[0-9.]+$', row))]
-    if not endings:
+    ending = common_ending(shares)
+    if not ending:
         return None
-    ending = max(endings, key=lambda text: (endings.count(text), float(text[1:])))
     chosen = {row: found for row, found in shares.items() if row.endswith(ending)}
     figure, panels = plt.subplots(
         len(chosen), 1, figsize=(9, 0.9 + 0.95 * len(chosen)), sharex=True, sharey=True, squeeze=False, layout='constrained'
@@ -178,6 +216,7 @@ def main(names):
         table = arguments.load_table(tables.CONFIGS / f'{name}.yaml')
         written = save(draw_curves(table, recorded[name]), tables.RESULTS / f'{name}.svg')
         written += save(draw_curves(table, recorded[name], filters=True), tables.RESULTS / f'{name}-filters.svg')
+        written += save(draw_learning(table, name), tables.RESULTS / f'{name}-learning.svg')
         written += save(draw_layers(table, name), tables.RESULTS / f'{name}-layers.svg')
         print(*[path.relative_to(tables.ROOT) for path in written] or [f'{name}: nothing to draw'], sep='\n')
 

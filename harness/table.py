@@ -25,6 +25,7 @@ from deploy.files import read_json
 from methods._flags import PLACE
 
 from . import weights_page
+from .markdown import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -69,7 +70,27 @@ def record(table, results):
             tables.setdefault(table, {})[row, seed] = entry
     lines = [json.dumps(entry) + '\n' for results in tables.values() for entry in results.values()]
     files.write_atomically(RUNS, lambda file: file.write(''.join(lines).encode()))
-    write({f'{table}.md': page(table, tables.get(table, {})), 'tables.md': index(tables)})
+    write(
+        {
+            f'{table}.md': page(table, tables.get(table, {})),
+            'tables.md': index(tables),
+            'weights/README.md': weights_page.page(),
+        }
+    )
+
+
+def record_logs(table, runs):
+    """Keep the log of each finished run, [(row, seed, run folder)], as results/logs/<table>/<row>-s<seed>.jsonl."""
+    for row, seed, folder in runs:
+        text = (folder / 'log.jsonl').read_bytes()
+        path = log_of(table, row, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(path, lambda file, text=text: file.write(text))
+
+
+def log_of(table, row, seed):
+    """Where the log of a recorded run is kept; runs recorded before logs were kept have none."""
+    return RESULTS / 'logs' / table / f'{row}-s{seed}.jsonl'
 
 
 # ------------------------------------------------------------------------------------------------------------------ pages
@@ -135,15 +156,6 @@ def render(path, results, sizes=None):
     text = markdown(list(columns), lines)
     notes = [f'- {origin}: {origins.count(origin)} of {len(origins)} runs\n' for origin in sorted(set(origins))]
     return text + ('\n' + ''.join(notes) if notes else '')
-
-
-def markdown(head, lines):
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    rule = ['-' * width for width in widths]
-    text = ''
-    for line in [head, rule, *lines]:
-        text += '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + ' |\n'
-    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------- columns
@@ -313,8 +325,7 @@ def main():
     results = recorded()
     pages = {f'{name}.md': page(name, results.get(name, {})) for name in table_names()}
     pages['tables.md'] = index(results)
-    weights = [weights_page.cells(file, about) for file, about in weights_page.rows()]
-    pages['weights/README.md'] = weights_page.HEAD + markdown(weights_page.COLUMNS, weights)
+    pages['weights/README.md'] = weights_page.page()
     if not check:
         write(pages)
         return

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from deploy.files import read_published
 
+from .markdown import markdown
+
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / 'results' / 'weights'
 
@@ -23,9 +25,13 @@ by the command beside it; cite the paper beside it when you use it.
 """
 
 
-def rows():
-    """[(file below results/weights, what it says about itself)], in order of their names."""
-    return [(path.relative_to(WEIGHTS), read_published(path)[1]) for path in sorted(WEIGHTS.rglob('*.pt'))]
+COLUMNS = ['file', 'accuracy %', 'zeros', 'MMACs non-zero', 'kB', 'command', 'paper']
+
+
+def page():
+    """The text of results/weights/README.md."""
+    lines = [cells(path.relative_to(WEIGHTS), read_published(path)[1]) for path in sorted(WEIGHTS.rglob('*.pt'))]
+    return HEAD + markdown(COLUMNS, lines)
 
 
 def cells(file, about):
@@ -40,9 +46,6 @@ def cells(file, about):
         f'`./launch configs/{about["table"]} --row {about["row"]} --seed {about["seed"]}`',
         source(about['args']['method']),
     ]
-
-
-COLUMNS = ['file', 'accuracy %', 'zeros', 'MMACs non-zero', 'kB', 'command', 'paper']
 
 
 def source(method):

@@ -17,7 +17,7 @@ import torch
 from helpers import ROOT, same_state, start_main
 
 import args as arguments
-from harness import launch
+from harness import launch, plot
 from harness import table as tables
 
 TINY_TABLE = """
@@ -311,6 +311,29 @@ def test_requirements_are_what_the_code_imports():
             assert modules.get(name, name) in elsewhere, f'{name} is required, and imported nowhere'
         if name not in ('torchvision', 'torch-pruning', 'ruff'):  # may not match a CPU build of torch (two); a program
             importlib.import_module(modules.get(name, name))
+
+
+def test_logs_of_recorded_runs_are_kept_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, 'RESULTS', tmp_path)
+    rows = [{'id': 'dense', 'seeds': [0]}, {'id': 'ticket', 'seeds': [0, 1]}, {'id': 'not-run', 'seeds': [0]}]
+    logs = {
+        ('dense', 0): [('train', 10.0), ('train', 20.0), ('train', 30.0)],
+        ('ticket', 1): [('round0', 1.0), ('round0', 2.0), ('round1', 40.0), ('round1', 50.0)],
+    }
+    runs = []
+    for (row, seed), lines in logs.items():
+        folder = tmp_path / f'{row}-{seed}'
+        folder.mkdir()
+        text = ''.join(json.dumps({'stage': stage, 'accuracy': accuracy}) + '\n' for stage, accuracy in lines)
+        (folder / 'log.jsonl').write_text(text)
+        runs.append((row, seed, folder))
+    tables.record_logs('mine/table', runs)
+    assert (tmp_path / 'logs/mine/table/ticket-s1.jsonl').read_text() == text
+    figure = plot.draw_learning({'title': 'mine', 'rows': rows}, 'mine/table')
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert drawn == {'dense': [[1, 10], [2, 20], [3, 30]], 'ticket': [[1, 40], [2, 50]]}  # of the ticket its last round
+    assert plot.draw_learning({'title': 'mine', 'rows': rows[1:]}, 'mine/table') is None
+    assert plot.common_ending(['a-98', 'b-98', 'c-90', 'dense']) == '-98'
 
 
 def test_a_flag_goes_to_the_rows_that_have_it(tmp_path, monkeypatch, capsys):
