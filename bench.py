@@ -36,7 +36,7 @@ from deploy import fold, pack
 from harness import engine_bench
 from harness.result import hardware
 from harness.side_by_side import blocks_in_turn
-from harness.training import make_optimizer, one_step
+from harness.training import keep_freed_memory, make_optimizer, one_step
 from methods._algorithms import ALGORITHMS, algorithm
 from pruners.compressor import StatisticsPruner
 from pruners.group_pruning import PruneWrapper
@@ -101,6 +101,7 @@ STEPS = 40  # of the schedule
 
 def trainer(device, size, batch, words=(), method='dense', target=0.9, network=SMALL):
     """A function that makes one training step of a network with 100 classes, where the method's schedule has ended."""
+    keep_freed_memory()
     common = ['--dataset=cifar100', '--epochs=2', '--clip=3', '--lr-schedule=constant', *network]
     args = parse([f'--method={method}', f'--ptarget={target}', *common, *words])
     torch.manual_seed(0)
@@ -139,6 +140,8 @@ def bench_step(device, repeats, names):
         for name in names:
             for target in (0.9, 0.99):
                 makers[f'{name}, {target:.0%}'] = trainer, (device, size, 64, (), name, target)
+        for name in {'feather', 'st3'}.intersection(names):
+            makers[f'{name} --no-kernels, 99%'] = trainer, (device, size, 64, ['--no-kernels'], name, 0.99)
         seconds = blocks_in_turn(makers, max(repeats // 4, 5), calls, torch.get_num_threads())
         say(f'\ntraining step, ResNet-20 width 32, batch 64, {size}x{size} images')
         for name, blocks in seconds.items():

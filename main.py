@@ -23,7 +23,7 @@ from args import parse
 from deploy.files import FileError, read_tensors, write_json, write_tensors
 from harness import commands, result, run_folder
 from harness.data import DataError, load
-from harness.training import lr_factor, make_optimizer, one_step
+from harness.training import keep_freed_memory, lr_factor, make_optimizer, one_step
 from pruners import processes
 from pruners.processes import say
 from sparse_utils import count_zeros, layers_to_prune
@@ -36,6 +36,7 @@ def main(argv=None):
         if args.command:  # something with a run that is finished
             return commands.carry_out(args, device)
         processes.start(device)
+        keep_freed_memory()
         if args.batch_size < processes.world():
             raise ValueError(f'--batch-size {args.batch_size} leaves nothing for some of {processes.world()} processes')
         if device.type == 'cpu' and args.device is None:

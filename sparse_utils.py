@@ -124,12 +124,18 @@ def feather(weight: torch.Tensor, threshold: torch.Tensor | float, p: float = 3,
 
 
 @torch.no_grad()
-def global_threshold(weights: list[torch.Tensor], ratio: float, previous: torch.Tensor | float | None = None) -> torch.Tensor:
+def global_threshold(
+    weights: list[torch.Tensor],
+    ratio: float,
+    previous: torch.Tensor | float | None = None,
+    between: Callable[[list[torch.Tensor], float, float], tuple[int, torch.Tensor]] | None = None,
+) -> torch.Tensor:
     """The threshold T that prunes a share `ratio` of all weights: the quantile of all |w|, linearly interpolated.
 
     weights: list of tensors, any shapes, one device. ratio in [0, 1]. The n absolute values are ranked together and T lies at
     position (n-1)*ratio, so |w| <= T holds for floor((n-1)*ratio) + 1 weights (more only where magnitudes tie with T).
     previous: a guess of T, such as the last one, or the line through the last two; it only saves time.
+    between: what does the work of count_between() on a CPU, where there is something faster.
     Returns a 0-d tensor on the weights' device. Exact. O(n) on a CPU, a few passes over pieces that fit the cache; on a GPU a
     sort, which the host does not wait for.
     Raises ValueError for no weights, a ratio outside [0, 1], and (on a CPU, without `previous`) NaN or infinite weights.
@@ -144,7 +150,7 @@ def global_threshold(weights: list[torch.Tensor], ratio: float, previous: torch.
         raise ValueError('there are no weights to threshold')
     position = (n - 1) * ratio
     k = math.floor(position)
-    low, high = _neighbours(weights, n, k, min(k + 1, n - 1), previous)
+    low, high = _neighbours(weights, n, k, min(k + 1, n - 1), previous, between or count_between)
     threshold = (low + (high - low) * (position - k)).to(dtype)
     return torch.where(threshold < high, threshold, low.to(dtype))  # rounded up to `high` it would prune one too many
 
@@ -161,13 +167,13 @@ def _flat(tensor):
     return tensor.reshape(-1)
 
 
-def _neighbours(weights, n, k, next_k, previous):
+def _neighbours(weights, n, k, next_k, previous, between):
     """The magnitudes at ranks k and next_k (from 0): bracket them narrowly, then select inside the bracket."""
     if weights[0].device.type != 'cpu':
         ordered = torch.cat(weights).abs_().sort().values
         return ordered[k], ordered[next_k]
     for low, high in _brackets(weights, n, k, previous):
-        below, inside = _between(weights, low, high)
+        below, inside = between(weights, low, high)
         if k >= below and next_k - below < inside.numel():
             return _select(inside, k - below, next_k - below)
     return _select(torch.cat(weights).abs_(), k, next_k)
@@ -216,7 +222,7 @@ def _whole_blocks(pieces):
     return torch.cat([*pieces, pieces[0].new_full((padding,), math.inf)]).view(-1, BLOCK)
 
 
-def _between(weights, low, high):
+def count_between(weights: list[torch.Tensor], low: float, high: float) -> tuple[int, torch.Tensor]:
     """(how many magnitudes lie below `low`, those in [low, high]), in few passes of float arithmetic, which is fast."""
     middle = (low + high) / 2
     reach = 0.51 * (high - low) + 1e-6 * high
@@ -692,6 +698,8 @@ class Pruner:
     and before or after DistributedDataParallel wraps the model: parameters stay the same. FSDP is refused.
     """
 
+    OPERATOR = Feather  # a subclass may have a faster one
+
     def __init__(
         self,
         model: nn.Module,
@@ -756,7 +764,7 @@ class Pruner:
             return
         for places in self._places.values():
             for place in places:
-                attach(place[0], Feather(self.p, self.theta).to(dense_weight(*place)), place[1])
+                attach(place[0], self.OPERATOR(self.p, self.theta).to(dense_weight(*place)), place[1])
         names = list(self._places)
         self._groups = [names] if self.backbone == 'global' else [[name] for name in names]
         self._sizes = {name: dense_weight(*places[0]).numel() for name, places in self._places.items()}
@@ -834,8 +842,12 @@ class Pruner:
                 continue
             guess = next_threshold(buffers[0], self._before[number])
             self._before[number] = buffers[0].clone()
-            threshold = global_threshold(self._weights(number), self._ratio, guess)
+            threshold = self.find_threshold(self._weights(number), self._ratio, guess)
             torch._foreach_copy_(buffers, [threshold] * len(buffers))
+
+    def find_threshold(self, weights, ratio, guess):
+        """global_threshold(), which a subclass may have faster."""
+        return global_threshold(weights, ratio, guess)
 
     def _cubic(self, step):
         """k(t) = kf - kf (1 - (t - t1)/(t2 - t1))^3 between t1 and t2, in steps; 0 before, kf after."""

@@ -7,9 +7,10 @@ and at the end of every epoch. Deviations: those named in sparse_utils.py.
 
 import math
 
-from sparse_utils import Pruner, adaptive_loss
+from sparse_utils import Pruner, adaptive_loss, layers_to_prune
 
 from . import Method as Base
+from ._kernels import FastPruner, add_kernel_flag, as_begun, choose_kernels
 from .asl import add_loss_args, threshold_groups
 
 
@@ -17,6 +18,7 @@ class Method(Base):
     def __init__(self, args):
         super().__init__(args)
         self.pruner = None
+        self.kernels = False
         if not 0 <= args.t1 < args.ramp_end * args.epochs:
             end = args.ramp_end * args.epochs
             raise ValueError(f'--t1 {args.t1} is not before epoch {end:g}, where the ramp ends (--ramp-end times --epochs)')
@@ -51,12 +53,16 @@ class Method(Base):
         )
 
         add_loss_args(parser)
+        add_kernel_flag(parser)
 
     def prepare(self, model, steps, args):
         if self.pruner is not None:
             self.pruner.desparsify()
         args = self.args
-        self.pruner = Pruner(
+        able = args.p == 3 and args.backbone != 'asl'
+        self.kernels = choose_kernels(args, layers_to_prune(model, args.pthres).values(), able)
+        kind = FastPruner if self.kernels else Pruner
+        self.pruner = kind(
             model,
             final_rate=args.ptarget,
             nbatches=steps // args.epochs,
@@ -94,11 +100,18 @@ class Method(Base):
     def finalize(self, model):
         return self.pruner.desparsify()
 
+    def facts(self):
+        return {'kernels': self.kernels}
+
     def state_dict(self):
-        return self.pruner.state_dict()
+        return self.pruner.state_dict() | {'kernels': self.kernels}
 
     def load_state_dict(self, state):
-        self.pruner.load_state_dict(state)
+        kernels = as_begun(state.get('kernels', False), self.kernels)
+        if self.kernels and not kernels:
+            self.pruner.leave_kernels()
+        self.kernels = kernels
+        self.pruner.load_state_dict({name: value for name, value in state.items() if name != 'kernels'})
 
 
 def exponent(text):

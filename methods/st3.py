@@ -32,23 +32,25 @@ from torch import nn
 from sparse_utils import attach, bake, global_threshold, layers_to_prune, next_threshold
 
 from . import Method as Base
+from ._kernels import add_kernel_flag, as_begun, choose_kernels, fast_soft_threshold, fast_threshold, lies_densely
 
 
-def l1(weights: dict, ratio: float, previous: dict | None = None) -> dict:
+def l1(weights: dict, ratio: float, previous: dict | None = None, find=global_threshold) -> dict:
     """ST-3's thresholds: {name: weight} -> {name: 0-d tensor}, one for all: see sparse_utils.global_threshold.
 
     floor((n-1)*ratio) + 1 of all n weights have |w| <= T, more only where magnitudes tie. previous: a guess, for speed.
+    find: global_threshold(), or something faster with its results.
     """
     guess = next(iter(previous.values())) if previous else None
-    return dict.fromkeys(weights, global_threshold(list(weights.values()), ratio, guess))
+    return dict.fromkeys(weights, find(list(weights.values()), ratio, guess))
 
 
-def l1std(weights: dict, ratio: float, previous: dict | None = None) -> dict:
+def l1std(weights: dict, ratio: float, previous: dict | None = None, find=global_threshold) -> dict:
     """ST-3-sigma's thresholds: as l1, of |w| / std with std = 1 / sqrt(sum(weight.shape)), times each layer's std again."""
     inverse_stds = torch.stack([weight.new_full((), inverse_std(weight)) for weight in weights.values()])
     guess = next(iter(previous.values())) * inverse_stds[0] if previous else None
     scaled = [weight.detach() * inverse for weight, inverse in zip(weights.values(), inverse_stds, strict=True)]
-    limit = global_threshold(scaled, ratio, guess)
+    limit = find(scaled, ratio, guess)
     return dict(zip(weights, largest_within(limit, inverse_stds), strict=True))
 
 
@@ -120,16 +122,22 @@ def effective_weight(
 
 
 class STEPrunedLayer(nn.Module):
-    """effective_weight as a parametrization of a layer's weight. groups: those of a transposed convolution, else None."""
+    """effective_weight as a parametrization of a layer's weight.
 
-    def __init__(self, soft=True, rescale=True, groups=None):
+    groups: those of a transposed convolution, else None. kernels: compute with compiled kernels where they can.
+    """
+
+    def __init__(self, soft=True, rescale=True, groups=None, kernels=False):
         super().__init__()
         self.soft = soft
         self.rescale = rescale
         self.groups = groups
+        self.kernels = kernels
         self.register_buffer('threshold', torch.zeros(()))
 
     def forward(self, weight):
+        if self.kernels and self.groups is None and lies_densely(weight):
+            return fast_soft_threshold(weight, self.threshold, self.soft, self.rescale)
         sparse = _SoftThreshold.apply(self._swapped(weight), self.threshold, self.soft, self.rescale)
         return self._swapped(sparse)
 
@@ -170,6 +178,7 @@ class Method(Base):
         if not args.power > 0:
             raise ValueError(f'--power must be positive, got {args.power:g}')
         self.criterion = l1std if args.sigma else l1
+        self.kernels = False
         self.layers = {}
         self.weights = {}
         self.operators = {}
@@ -192,16 +201,18 @@ class Method(Base):
             default=True,
             help='raise the ratio step by step, or at once at --start-epoch (default: ramp)',
         )
+        add_kernel_flag(parser)
 
     def prepare(self, model, steps, args):
         self.finalize(model)  # of a stage before this one
         self.batches = steps / self.args.epochs
         self.layers = layers_to_prune(model, self.args.pthres)
+        self.kernels = choose_kernels(self.args, self.layers.values())
         owners = {}  # a tied weight has one name, and the same threshold in all its layers
         for name, layer in self.layers.items():
             owner = owners.setdefault(id(layer.weight), name)
             groups = layer.groups if getattr(layer, 'transposed', False) else None
-            operator = STEPrunedLayer(self.args.soft, self.args.rescale, groups).to(layer.weight)
+            operator = STEPrunedLayer(self.args.soft, self.args.rescale, groups, self.kernels).to(layer.weight)
             if owner == name:
                 self.weights[name] = layer.weight
             self.operators.setdefault(owner, []).append(operator)
@@ -221,7 +232,8 @@ class Method(Base):
         if self.ratio == 0:
             thresholds = dict.fromkeys(self.weights, 0.0)
         else:
-            thresholds = self.criterion(self.weights, self.ratio, guess)
+            find = fast_threshold if self.kernels else global_threshold
+            thresholds = self.criterion(self.weights, self.ratio, guess, find)
         for name, operators in self.operators.items():
             for operator in operators:
                 operator.threshold.fill_(thresholds[name])
@@ -241,8 +253,15 @@ class Method(Base):
         self.operators = {}
         return model
 
+    def facts(self):
+        return {'kernels': self.kernels}
+
     def state_dict(self):
-        return {'ratio': self.ratio}  # the thresholds are buffers of the model
+        return {'ratio': self.ratio, 'kernels': self.kernels}  # the thresholds are buffers of the model
 
     def load_state_dict(self, state):
+        self.kernels = as_begun(state.get('kernels', False), self.kernels)
+        for operators in self.operators.values():
+            for operator in operators:
+                operator.kernels = self.kernels
         self.ratio = state['ratio']

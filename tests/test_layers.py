@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-LAYERS = ['sparse_utils', 'archs', 'deploy', 'pruners', 'methods', 'harness', 'args', 'bench', 'main']
+LAYERS = ['sparse_utils', 'archs', 'deploy', 'pruners', 'methods', 'harness', 'args', 'bench', 'main', 'hubconf']
 MAY = {
     'sparse_utils': [],
     'archs': [],
@@ -18,6 +18,7 @@ MAY = {
     'args': ['sparse_utils', 'archs', 'deploy', 'pruners', 'methods', 'harness'],
     'bench': ['sparse_utils', 'archs', 'deploy', 'pruners', 'methods', 'harness', 'args'],
     'main': ['sparse_utils', 'archs', 'deploy', 'pruners', 'methods', 'harness', 'args'],
+    'hubconf': ['sparse_utils', 'archs', 'deploy'],
 }
 
 

@@ -14,6 +14,7 @@ from helpers import LAYERS, GoldenNet, Sharing
 from torch import nn
 from torch.nn.utils import parametrize
 
+from methods._kernels import FastPruner
 from sparse_utils import (
     Feather,
     Pruner,
@@ -31,7 +32,8 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize('name', ['feather_r90', 'feather_r98'])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_trajectory_of_the_authors_code(name, layout):
+@pytest.mark.parametrize('kind', [Pruner, FastPruner])
+def test_trajectory_of_the_authors_code(name, layout, kind):
     gold = np.load(HERE / 'golden' / f'{name}.npz')
     model = GoldenNet()
     model.load_state_dict({key[5:]: torch.as_tensor(gold[key]) for key in gold if key.startswith('init/')})
@@ -39,7 +41,7 @@ def test_trajectory_of_the_authors_code(name, layout):
     keys = list(model.state_dict())
     batches, epochs = len(gold['x']), int(gold['epochs'])
     settings = {'pthres': int(gold['pthres']), 't1': int(gold['t1'])}
-    pruner = Pruner(model, final_rate=float(gold['final_rate']), nbatches=batches, epochs=epochs, **settings)
+    pruner = kind(model, final_rate=float(gold['final_rate']), nbatches=batches, epochs=epochs, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=float(gold['lr']), momentum=0.9, weight_decay=5e-4)
     thresholds, ratios, losses = [], [], []
     for step in range(epochs * batches):

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 import archs
 from args import parse
 from harness.result import totals
+from methods._kernels import fast_soft_threshold
 from methods.st3 import Method, STEPrunedLayer, effective_weight, l1, l1std, progress, rescaling, soft_threshold
 from sparse_utils import count_macs, count_zeros, prunable_layers
 
@@ -46,9 +47,10 @@ def test_thresholds_of_the_authors_code(criterion, ratio):
 @pytest.mark.parametrize('soft', [False, True])
 @pytest.mark.parametrize('rescale', [False, True])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_effective_weight_of_the_authors_code(soft, rescale, layout):
+@pytest.mark.parametrize('operator', [effective_weight, fast_soft_threshold])
+def test_effective_weight_of_the_authors_code(soft, rescale, layout, operator):
     weight = WEIGHTS['conv'].clone(memory_format=layout).requires_grad_()
-    sparse = effective_weight(weight, 0.35, soft, rescale)
+    sparse = operator(weight, torch.tensor(0.35), soft, rescale)
     (sparse * torch.linspace(-1, 1, weight.numel()).view(weight.shape)).sum().backward()
     key = f'ste/soft{soft:d}_rescale{rescale:d}'
     np.testing.assert_allclose(sparse.detach(), GOLD[f'{key}/eff'], rtol=1e-6, atol=1e-6)

@@ -74,9 +74,7 @@ def compiler():
     for command in [shlex.split(asked)] if asked else [['c++'], ['g++'], ['clang++']]:
         if shutil.which(command[0]):
             return command
-    raise CompilerError(
-        'the sparse engine needs a C++ compiler once, and none was found: install g++ or clang++, or set CXX to one'
-    )
+    raise CompilerError('kernels need a C++ compiler once, and none was found: install g++ or clang++, or set CXX to one')
 
 
 def cache_folder():
@@ -84,23 +82,26 @@ def cache_folder():
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'sparse_engine'
 
 
-def compile_kernels(options=(), folder=None):
+def compile_kernels(options=(), folder=None, source=SOURCE):
     """The path of the compiled kernels, compiled now unless the same source, compiler and processor have been here before.
 
-    options: further ones for the compiler, such as sanitizers. Raises CompilerError.
+    options: further ones for the compiler, such as sanitizers. source: another C++ file. Raises CompilerError.
     """
     command = compiler()
     version = subprocess.run([*command, '--version'], capture_output=True, text=True).stdout
     options = [*OPTIONS, *options]
-    key = '\n'.join([SOURCE.read_text(), *command, version, *options, cpu_features()])
+    key = '\n'.join([source.read_text(), *command, version, *options, cpu_features()])
     folder = Path(folder or cache_folder())
     path = folder / f'kernels-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so'
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompilerError(f'kernels are kept in {folder}, or under $XDG_CACHE_HOME: {error.strerror}') from None
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / 'kernels.so'
-        done = subprocess.run([*command, *options, str(SOURCE), '-o', str(made)], capture_output=True, text=True)
+        done = subprocess.run([*command, *options, str(source), '-o', str(made)], capture_output=True, text=True)
         if done.returncode:
             reason = ' '.join(done.stderr.split())[:300]
             raise CompilerError(f'{" ".join(command)} cannot compile the kernels of the sparse engine: {reason}')
