@@ -140,7 +140,7 @@ def bench_step(device, repeats, names):
         for name in names:
             for target in (0.9, 0.99):
                 makers[f'{name}, {target:.0%}'] = trainer, (device, size, 64, (), name, target)
-        for name in {'feather', 'st3'}.intersection(names):
+        for name in sorted({'feather', 'st3'}.intersection(names)):
             makers[f'{name} --no-kernels, 99%'] = trainer, (device, size, 64, ['--no-kernels'], name, 0.99)
         seconds = blocks_in_turn(makers, max(repeats // 4, 5), calls, torch.get_num_threads())
         say(f'\ntraining step, ResNet-20 width 32, batch 64, {size}x{size} images')
