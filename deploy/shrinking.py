@@ -35,7 +35,7 @@ from torch import nn
 from .cutting import Kept, cut, take
 from .decisions import Decision
 from .graph import line_of, owner_of, place_of, plain_copy, reason, unwrapped
-from .outputs import TOLERANCE, change_tensors, difference, run
+from .outputs import TOLERANCE, change_tensors, difference, noise_like, run
 from .ties import Mix, read_channels
 
 __all__ = ['Kept', 'dependency_groups', 'even_parts', 'rebuild_optimizer', 'shrink', 'take']
@@ -58,15 +58,15 @@ def shrink(model, example_input, round_to=1, return_kept=False):
     return (small, kept) if return_kept else small
 
 
-def decide(model, example_input, round_to=1):
+def decide(model, example_input, round_to=1, training=True):
     """(smaller network, {tensor name: Kept}, Decision, [operations that name sizes in their code]); shrink() has the
-    arguments."""
+    arguments. training: cut branches that run in training only, too."""
     if round_to < 1:
         raise ValueError(f'round_to must be 1 or more, got {round_to}')
     model = unwrapped(model)
-    channels = read_channels(model, example_input, training=True)
+    channels = read_channels(model, example_input, training=training)
     base = plain_copy(model)
-    noise = _noise(base, example_input)
+    noise = noise_like(base, example_input)
     expected, stay = run(base, noise), []
     while True:
         small = copy.deepcopy(base)
@@ -114,19 +114,6 @@ def _blamed(error, guesses, network):
         found = [node for node in guesses if owner_of(node) == failed]
         failed = failed.rpartition('.')[0]
     return found or guesses
-
-
-def _noise(model, example_input):
-    """Random numbers in the place of the example, which may be all zeros; or the example, if it is of whole numbers or the
-    network wants another range."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(tensor):
-        return torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.is_floating_point() else tensor
-
-    noise = change_tensors(random, example_input)
-    finite = all(bool(tensor.isfinite().all()) for tensor in run(model, noise))
-    return noise if finite else example_input
 
 
 def dependency_groups(model, example_input, depthwise=False):
