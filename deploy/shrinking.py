@@ -38,7 +38,7 @@ from .graph import line_of, owner_of, place_of, plain_copy, reason, unwrapped
 from .outputs import TOLERANCE, change_tensors, difference, noise_like, run
 from .ties import Mix, read_channels
 
-__all__ = ['Kept', 'dependency_groups', 'even_parts', 'rebuild_optimizer', 'shrink', 'take']
+__all__ = ['Kept', 'decided_together', 'dependency_groups', 'even_parts', 'rebuild_optimizer', 'shrink', 'take']
 
 
 def shrink(model, example_input, round_to=1, return_kept=False):
@@ -123,7 +123,17 @@ def dependency_groups(model, example_input, depthwise=False):
     concatenation) are in no group. depthwise=True adds depthwise convolutions to the layer that feeds them, and makes groups
     of these: their filters are removed together too, but a zero in either is enough.
     """
+    return _groups(read_channels(unwrapped(model), example_input), model, depthwise)
+
+
+def decided_together(model, example_input):
+    """(dependency_groups(depthwise=True), even_parts()) of a model that is read once: what decide_together() of the pruners
+    takes."""
     channels = read_channels(unwrapped(model), example_input)
+    return _groups(channels, model, True), _parts(channels)
+
+
+def _groups(channels, model, depthwise):
     groups, order = defaultdict(list), list(dict(model.named_modules()))
     found = {}
     for step in channels.steps:
@@ -141,7 +151,10 @@ def even_parts(model, example_input):
     split.
     Filters that are chosen evenly in each part can all be removed; chosen freely, the fullest part decides for all.
     """
-    channels = read_channels(unwrapped(model), example_input)
+    return _parts(read_channels(unwrapped(model), example_input))
+
+
+def _parts(channels):
     mixes = [step for step in channels.steps if isinstance(step, Mix) and not step.depthwise]
     grouped = [(step.groups, channels.classes[step.inputs]) for step in mixes if step.groups > 1]
     grouped += [(len(numbers), channels.classes[numbers].flatten()) for _, numbers in channels.blocks]
