@@ -10,9 +10,10 @@ from .latency import gains, measure_latency
 from .network_file import load, save
 from .packing import fold, pack
 from .reporting import report
-from .shrinking import dependency_groups, even_parts, rebuild_optimizer, shrink
+from .shrinking import decided_together, dependency_groups, even_parts, rebuild_optimizer, shrink
 
 __all__ = [
+    'decided_together',
     'dependency_groups',
     'even_parts',
     'fold',

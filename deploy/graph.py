@@ -32,7 +32,7 @@ class Program(NamedTuple):
 
     nodes: fx nodes of ATen operations, in the order of execution. names: {placeholder node: dotted name of its parameter or
     buffer}. tensors: {dotted name: tensor}, parameters, buffers and constants. aliases: {dotted name: all names of the same
-    tensor}. model: the copy that was exported, in eval mode.
+    tensor}. model: the copy that was exported, in eval mode. specs: how inputs and outputs nest, as torch's pytree says it.
     """
 
     nodes: list
@@ -40,6 +40,7 @@ class Program(NamedTuple):
     tensors: dict
     aliases: dict
     model: nn.Module
+    specs: tuple
 
 
 def unwrapped(model):
@@ -93,7 +94,7 @@ def read_program(model, example_input, free_batch=False, training=False):
     arguments. free_batch: let dimension 0 of all inputs be free; an example of one is repeated to two, as torch.export takes a
     size of one for a constant. Raises ValueError with the line that torch.export stumbled over.
     """
-    args, kwargs = arguments(example_input)
+    args, kwargs = arguments(change_tensors(torch.clone, example_input))  # torch.export takes one tensor for one input
     shapes = None
     if free_batch or training:  # a batch norm in training wants two examples
         args, kwargs = change_tensors(_twice, (args, kwargs))
@@ -116,7 +117,8 @@ def read_program(model, example_input, free_batch=False, training=False):
     first = {name: names[0] for names in owners.values() for name in names}
     names = {node: first.get(found[node.name], found[node.name]) for node in exported.graph.nodes if node.name in found}
     aliases = {names[0]: names for names in owners.values()}
-    return Program(list(exported.graph.nodes), names, tensors, aliases, model)
+    specs = exported.call_spec.in_spec, exported.call_spec.out_spec
+    return Program(list(exported.graph.nodes), names, tensors, aliases, model, specs)
 
 
 def export(model, args, kwargs, shapes):

@@ -30,16 +30,18 @@ def convolutions(channels):
 
 
 def norms_behind(channels):
-    """{name of a convolution: name of the batch norm that takes its output, and nothing else, and is all that takes it}."""
-    found, norms = (
-        {},
-        {step.node: norm_of(channels, step) for step in channels.steps if isinstance(step, Each) and is_norm(step)},
-    )
-    for step in channels.steps:
-        if _is_conv(step) and len(step.node.users) == 1 and channels.uses[step.weight] == 1:
-            norm = norms.get(next(iter(step.node.users)))
-            if norm and list(norms.values()).count(norm) == 1:
-                found[layer_of(step)] = norm
+    """{name of a convolution: name of the batch norm that takes its output, and nothing else, and is all that takes it}.
+
+    Transposed convolutions count, too.
+    """
+    names, found = channels.program.names, {}
+    norms = {step.node: norm_of(channels, step) for step in channels.steps if isinstance(step, Each) and is_norm(step)}
+    convs = [node for node in channels.program.nodes if name_of(node).startswith('conv') and node.args[1] in names]
+    weights = [names[node.args[1]] for node in convs]
+    for node, weight in zip(convs, weights, strict=True):
+        norm = norms.get(next(iter(node.users), None)) if len(node.users) == 1 else None
+        if norm and weights.count(weight) == 1 and list(norms.values()).count(norm) == 1:
+            found[weight.rpartition('.')[0]] = norm
     return found
 
 

@@ -3,12 +3,11 @@
     save(model, 'small', example_input)          small.pt, a plain state dict, and small.json, what to build around it
     model = load('small')                        in another process, without the code that built it; nothing stored is run
 
-small.json lists the layers (class and constructor arguments) and the operations between them, as torch.fx traces them. Both are
-looked up in the tables below when the file is read, and nothing in it is ever evaluated: a file from a stranger can be wrong,
-and then gives a ValueError, but cannot run anything. Files that hold programs are those of formats.py.
+small.json lists the layers (class and constructor arguments) and the operations between them, as torch.fx traces them. Both
+are looked up in the tables of known.py when the file is read, and nothing in it is ever evaluated: a file from a stranger can
+be wrong, and then gives a ValueError, but cannot run anything. Files that hold programs are those of formats.py.
 """
 
-import builtins
 import copy
 import json
 import keyword
@@ -17,69 +16,14 @@ import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from . import files
-from .outputs import TOLERANCE, compare, eval_mode
+from .known import DTYPES, FUNCTION_NAMES, FUNCTIONS, LAYERS, LAYOUTS, METHODS
+from .outputs import TOLERANCE, change_tensors, compare, eval_mode
 
 FORMAT = 'network without code, 1'
-# The layers that a description may name, and the constructor arguments that are stored; all are attributes of the same name.
-_CONV = 'in_channels out_channels kernel_size stride padding dilation groups bias padding_mode'
-_TRANSPOSED = 'in_channels out_channels kernel_size stride padding output_padding groups bias dilation padding_mode'
-_NORM = 'num_features eps momentum affine track_running_stats'
-_MAX_POOL = 'kernel_size stride padding dilation return_indices ceil_mode'
-_LAYERS = {
-    **dict.fromkeys(['Conv1d', 'Conv2d', 'Conv3d'], _CONV),
-    **dict.fromkeys(['ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose3d'], _TRANSPOSED),
-    **dict.fromkeys(['BatchNorm1d', 'BatchNorm2d', 'BatchNorm3d', 'InstanceNorm1d', 'InstanceNorm2d'], _NORM),
-    **dict.fromkeys(['MaxPool1d', 'MaxPool2d', 'MaxPool3d'], _MAX_POOL),
-    'AvgPool1d': 'kernel_size stride padding ceil_mode count_include_pad',
-    **dict.fromkeys(['AvgPool2d', 'AvgPool3d'], 'kernel_size stride padding ceil_mode count_include_pad divisor_override'),
-    **dict.fromkeys(['AdaptiveAvgPool1d', 'AdaptiveAvgPool2d', 'AdaptiveAvgPool3d'], 'output_size'),
-    **dict.fromkeys(['AdaptiveMaxPool1d', 'AdaptiveMaxPool2d', 'AdaptiveMaxPool3d'], 'output_size return_indices'),
-    'Linear': 'in_features out_features bias',
-    'GroupNorm': 'num_groups num_channels eps affine',
-    'LayerNorm': 'normalized_shape eps elementwise_affine',
-    **dict.fromkeys(['ReLU', 'ReLU6', 'SiLU', 'SELU', 'Mish', 'Hardswish', 'Hardsigmoid'], 'inplace'),
-    **dict.fromkeys(['ELU', 'CELU'], 'alpha inplace'),
-    'LeakyReLU': 'negative_slope inplace',
-    'Hardtanh': 'min_val max_val inplace',
-    'PReLU': 'num_parameters',
-    'GELU': 'approximate',
-    'Softplus': 'beta threshold',
-    **dict.fromkeys(['Sigmoid', 'Tanh', 'Identity'], ''),
-    **dict.fromkeys(['Softmax', 'LogSoftmax'], 'dim'),
-    **dict.fromkeys(['Dropout', 'Dropout1d', 'Dropout2d', 'Dropout3d', 'AlphaDropout'], 'p inplace'),
-    'Flatten': 'start_dim end_dim',
-    'Upsample': 'size scale_factor mode align_corners recompute_scale_factor',
-    'PixelShuffle': 'upscale_factor',
-    **dict.fromkeys(['ZeroPad2d', 'ReflectionPad2d', 'ReplicationPad2d'], 'padding'),
-    'ChannelShuffle': 'groups',
-}
-LAYERS = {name: tuple(arguments.split()) for name, arguments in _LAYERS.items()}
-# The functions and methods that may be called between the layers.
-_OPERATORS = 'add iadd sub isub mul imul truediv itruediv floordiv neg getitem'
-_TORCH = (
-    'add sub mul div cat concat stack flatten relu sigmoid tanh softmax mean sum amax squeeze unsqueeze reshape permute'
-    ' transpose chunk split narrow index_select index_add clamp neg clone matmul adaptive_avg_pool1d'
-)
-_FUNCTIONAL = (
-    'relu relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus softmax log_softmax'
-    ' max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d interpolate pad pixel_shuffle'
-)
-_METHODS = (
-    'add add_ sub mul mul_ div size dim view reshape flatten mean sum amax relu relu_ sigmoid tanh softmax permute transpose'
-    ' contiguous squeeze unsqueeze chunk split clamp expand index_select clone detach'
-)
-FUNCTIONS = {f'operator.{name}': getattr(operator, name) for name in _OPERATORS.split()}
-FUNCTIONS |= {f'torch.{name}': getattr(torch, name) for name in _TORCH.split()}
-FUNCTIONS |= {f'functional.{name}': getattr(F, name) for name in _FUNCTIONAL.split()}
-FUNCTIONS['getattr'] = builtins.getattr  # of `shape` only
-FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
-METHODS = set(_METHODS.split())
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)}
 
 
 class _Tracer(fx.Tracer):
@@ -97,8 +41,10 @@ def trace(model):
     """The fx.Graph of a model in eval mode, with the layers of the table as its leaves; modes are afterwards as before.
 
     A forward with constant tensors leaves them on the model as attributes, so trace a copy. Raises ValueError for a model that
-    torch.fx cannot trace, one that does not take one tensor, and one whose weights are still parametrized.
+    torch.fx cannot trace, and one whose weights are still parametrized.
     """
+    if isinstance(model, fx.GraphModule) and all(is_layer(module) for module in _called(model)):
+        return model.graph
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             raise ValueError(f'layer {name or type(model).__name__} is parametrized: turn it into a plain layer first')
@@ -107,9 +53,11 @@ def trace(model):
             graph = read_in_place(_Tracer().trace(model), model)
     except Exception as error:  # whatever the model's own code raises when it meets a proxy
         raise ValueError(f'torch.fx cannot trace {type(model).__name__}: {reason(error)}') from error
-    if sum(node.op == 'placeholder' for node in graph.nodes) != 1:
-        raise ValueError(f'{type(model).__name__} must take one tensor')
     return graph
+
+
+def _called(network):
+    return [network.get_submodule(node.target) for node in network.graph.nodes if node.op == 'call_module']
 
 
 def read_in_place(graph, model):
@@ -134,26 +82,36 @@ def reason(error):
 def save(model, path, example_input, **info):
     """Write `path`.pt, the plain state dict, and `path`.json, the description that load() rebuilds the network from.
 
-    model: layers of the table above with operations of the tables between them, from one
-    tensor; it is left as it is. path: with or without .pt. example_input: a batch; the network is rebuilt from what will be
+    model: layers with operations of known.py between them; it is left as it is. path: with or without .pt. example_input: a
+    batch, or a tuple or dict of arguments; the network is rebuilt from what will be
     written and must give the same outputs for it. info: plain values, stored along; load() gives them back as `model.info`.
     Weights that layers share are stored once each. Returns the two paths. Raises ValueError, naming the layer or operation,
     for what a description cannot hold.
     """
     network = copy.deepcopy(model).cpu().eval()
     description, tensors = describe(network, trace(network))
-    description |= {'input': list(example_input.shape[1:]), 'info': info}
+    example = change_tensors(lambda tensor: tensor.detach().cpu(), example_input)
+    description |= {'input': _shapes(example), 'info': info}
     try:
         text = _format(description)
     except TypeError as error:
         raise ValueError(f'info must be plain values that JSON can hold: {error}') from None
     again = rebuild(json.loads(text), tensors)
-    if not (difference := compare(network, again, example_input.detach().cpu())) <= TOLERANCE:  # it may be NaN
+    if not (difference := compare(network, again, example)) <= TOLERANCE:  # it may be NaN
         raise ValueError(f'the network rebuilt from its description differs by {difference:.1e} of the largest output')
     weights, json_file = description_paths(path)
     files.write_atomically(weights, lambda file: torch.save(tensors, file))
     files.write_atomically(json_file, lambda file: file.write(text.encode()))
     return weights, json_file
+
+
+def _shapes(example):
+    """The shape of an example without its batch; of several arguments, theirs."""
+    if torch.is_tensor(example):
+        return list(example.shape[1:])
+    if isinstance(example, dict):
+        return {str(key): _shapes(value) for key, value in example.items()}
+    return [_shapes(value) for value in example] if isinstance(example, (list, tuple)) else None
 
 
 def load(path):
@@ -256,6 +214,14 @@ def _encode(value, node):
         return {'tuple': [_encode(part, node) for part in value]}
     if isinstance(value, list):
         return [_encode(part, node) for part in value]
+    if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
+        return {'dict': [[key, _encode(part, node)] for key, part in value.items()]}
+    if isinstance(value, torch.dtype) and str(value) in DTYPES:
+        return {'dtype': str(value)}
+    if isinstance(value, torch.memory_format) and str(value) in LAYOUTS:
+        return {'layout': str(value)}
+    if isinstance(value, torch.device):
+        return {'device': 'cpu'}  # where load() puts the network
     raise ValueError(f'the argument {value!r} of {node.name} has no place in a description')
 
 
@@ -322,6 +288,7 @@ def _build_graph(rows, layers, description):
     """The fx.Graph of the operations. Every name in it is checked or made here: fx writes Python source from a graph."""
     graph = fx.Graph()
     nodes = {}
+    inputs = set()
     names = layers | {row['name'] for row in description['tensors']}
     for row in rows:
         check_operation(row)
@@ -332,7 +299,11 @@ def _build_graph(rows, layers, description):
         args = tuple(_decode(value, nodes) for value in row['args'])
         kwargs = {key: _decode(value, nodes) for key, value in row['kwargs'].items()}
         if op == 'placeholder':
-            node = graph.placeholder('x')
+            name = target if target.isascii() and target.isidentifier() and not keyword.iskeyword(target) else 'x'
+            if name in inputs:
+                raise ValueError(f'two inputs have the name {name!r}: each operation that is one input needs its own')
+            inputs.add(name)
+            node = graph.placeholder(name, default_value=None) if args else graph.placeholder(name)
         elif op == 'output':
             node = graph.output(args[0])
         else:
@@ -340,8 +311,8 @@ def _build_graph(rows, layers, description):
         if row['name'] in nodes:
             raise ValueError(f'two operations have the name {row["name"]!r}')
         nodes[row['name']] = node
-    if [row['op'] for row in rows].count('placeholder') != 1 or not rows or rows[-1]['op'] != 'output':
-        raise ValueError('the operations must begin with one input and end in one output')
+    if not inputs or rows[-1]['op'] != 'output':
+        raise ValueError('the operations must begin with at least one input and end in one output')
     return graph
 
 
@@ -362,12 +333,17 @@ def check_operation(row):
         raise ValueError(f'{target!r} must be called on the result of an operation')
     if target == 'getattr' and op == 'call_function' and not (len(args) == 2 and _is_node(args[0]) and args[1] == 'shape'):
         raise ValueError('of the attributes only the shape of a tensor can be read')
+    if op == 'placeholder' and args == [None] and not kwargs:
+        return  # an input that may be left out
     if op in ('placeholder', 'get_attr') and (args or kwargs) or op == 'output' and (len(args) != 1 or kwargs):
         raise ValueError(f'wrong arguments for {op} {row["name"]!r}')
 
 
 def _is_node(value):
     return isinstance(value, dict) and list(value) == ['node']
+
+
+TABLES = {'dtype': DTYPES, 'layout': LAYOUTS, 'device': {'cpu': torch.device('cpu')}}
 
 
 def _decode(value, nodes):
@@ -385,6 +361,10 @@ def _decode(value, nodes):
             return slice(*(_decode(part, nodes) for part in content))
         if kind == 'ellipsis':
             return Ellipsis
+        if kind == 'dict':
+            return {key: _decode(part, nodes) for key, part in content if isinstance(key, (str, int))}
+        if kind in TABLES and content in TABLES[kind]:
+            return TABLES[kind][content]
     raise ValueError(f'{json.dumps(value)[:100]} is no argument of an operation, or refers to one that does not come before it')
 
 

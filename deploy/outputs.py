@@ -49,6 +49,19 @@ def run(model, example_input):
         return tensors_of(model(*args, **kwargs))
 
 
+def noise_like(model, example_input):
+    """Random numbers in the place of the example, which may be all zeros; or the example, if it is of whole numbers or the
+    network wants another range."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(tensor):
+        return torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.is_floating_point() else tensor
+
+    noise = change_tensors(random, example_input)
+    finite = all(bool(tensor.isfinite().all()) for tensor in run(model, noise))
+    return noise if finite else example_input
+
+
 def compare(one, other, example_input):
     """The largest difference of two networks' outputs in eval mode, each as a share of the largest value of that output."""
     return difference(run(one, example_input), run(other, example_input))

@@ -35,8 +35,18 @@ def report(model, example_input, round_to=1):
     A filter is dead that puts out one constant for any input. Arguments and errors are those of shrink().
     """
     decision, blamed = decide(model, example_input, round_to)[2:]
-    channels, found = decision.channels, []
+    return _held(decision, _Reasons(decision, blamed))
+
+
+def held_by_operations(decision, blamed):
+    """[Held, ...] of a decision: only what operations hold that packing cannot change either."""
     reasons = _Reasons(decision, blamed)
+    return _held(decision, reasons, reasons.known)
+
+
+def _held(decision, reasons, only=None):
+    """[Held, ...], of the classes `only` or of all."""
+    channels, found = decision.channels, []
     for step in channels.steps:
         if not isinstance(step, Mix):
             continue
@@ -44,6 +54,8 @@ def report(model, example_input, round_to=1):
         dead = ~channels.constants[step.out].isnan() & decision.keep[classes]
         by_reason = {}
         for filter_number in dead.nonzero().view(-1).tolist():
+            if only is not None and int(classes[filter_number]) not in only:
+                continue
             by_reason.setdefault(reasons.of(int(classes[filter_number]), layer_of(step)), []).append(filter_number)
         found += [Held(layer_of(step), filters, *reason) for reason, filters in by_reason.items()]
     return found

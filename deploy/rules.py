@@ -158,6 +158,7 @@ def _derived_norm(channels, node, args, numbers):
                 channels.pin(shadow, node)
             else:
                 channels.tie(shadow.flatten(), out)
+                channels.depends(node, shadow.flatten(), out)
     return out.view(1, -1, *[1] * (len(shape_of(node)) - 2))
 
 
@@ -177,6 +178,10 @@ def normalised(channels, node, args):
     function = constants.along(node, args, shape, dim) if shadow.shape[dim] == 1 else constants.unknown
     out = channels.each(node, [(shadow, shadow)], shadow.shape, function)
     moves.whole(channels, shadow, dim, node)
+    if shadow.shape[dim] > 1:  # each depends on all, by way of their sum
+        total = channels.new([1], torch.tensor([math.nan]))
+        channels.depends(node, shadow.flatten(), total.expand(shadow.numel()))
+        channels.depends(node, total.expand(out.numel()), out.flatten())
     value = node.meta['val']
     return out if torch.is_tensor(value) else [out for _ in value]
 
@@ -253,6 +258,7 @@ def _computed_weight(channels, node, args, inputs, filters):
     out = channels.new([filters], torch.full([filters], math.nan))
     if rows:
         channels.tie(shadow.flatten(), out)
+        channels.depends(node, shadow.flatten(), out)
         dead = channels.constant(shadow.flatten()) == 0
         bias = args['bias']
         known = (
@@ -266,6 +272,7 @@ def _computed_weight(channels, node, args, inputs, filters):
         channels.pin(out, node)
     if args['bias'] is not None:
         channels.tie(channels.shadow(args['bias']).flatten(), out)
+        channels.depends(node, channels.shadow(args['bias']).flatten(), out)
     out = out.view(-1, *[1] * (dims - 2))[None] if name_of(node) != 'linear' else out.view(*[1] * (dims - 1), -1)
     return out
 

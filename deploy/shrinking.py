@@ -35,10 +35,10 @@ from torch import nn
 from .cutting import Kept, cut, take
 from .decisions import Decision
 from .graph import line_of, owner_of, place_of, plain_copy, reason, unwrapped
-from .outputs import TOLERANCE, change_tensors, difference, run
+from .outputs import TOLERANCE, change_tensors, difference, noise_like, run
 from .ties import Mix, read_channels
 
-__all__ = ['Kept', 'dependency_groups', 'even_parts', 'rebuild_optimizer', 'shrink', 'take']
+__all__ = ['Kept', 'decided_together', 'dependency_groups', 'even_parts', 'rebuild_optimizer', 'shrink', 'take']
 
 
 def shrink(model, example_input, round_to=1, return_kept=False):
@@ -58,15 +58,15 @@ def shrink(model, example_input, round_to=1, return_kept=False):
     return (small, kept) if return_kept else small
 
 
-def decide(model, example_input, round_to=1):
+def decide(model, example_input, round_to=1, training=True):
     """(smaller network, {tensor name: Kept}, Decision, [operations that name sizes in their code]); shrink() has the
-    arguments."""
+    arguments. training: cut branches that run in training only, too."""
     if round_to < 1:
         raise ValueError(f'round_to must be 1 or more, got {round_to}')
     model = unwrapped(model)
-    channels = read_channels(model, example_input, training=True)
+    channels = read_channels(model, example_input, training=training)
     base = plain_copy(model)
-    noise = _noise(base, example_input)
+    noise = noise_like(base, example_input)
     expected, stay = run(base, noise), []
     while True:
         small = copy.deepcopy(base)
@@ -116,19 +116,6 @@ def _blamed(error, guesses, network):
     return found or guesses
 
 
-def _noise(model, example_input):
-    """Random numbers in the place of the example, which may be all zeros; or the example, if it is of whole numbers or the
-    network wants another range."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(tensor):
-        return torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.is_floating_point() else tensor
-
-    noise = change_tensors(random, example_input)
-    finite = all(bool(tensor.isfinite().all()) for tensor in run(model, noise))
-    return noise if finite else example_input
-
-
 def dependency_groups(model, example_input, depthwise=False):
     """[[layer names], ...]: convolutions and linear layers whose filters can only be removed together, in the model's order.
 
@@ -136,7 +123,17 @@ def dependency_groups(model, example_input, depthwise=False):
     concatenation) are in no group. depthwise=True adds depthwise convolutions to the layer that feeds them, and makes groups
     of these: their filters are removed together too, but a zero in either is enough.
     """
+    return _groups(read_channels(unwrapped(model), example_input), model, depthwise)
+
+
+def decided_together(model, example_input):
+    """(dependency_groups(depthwise=True), even_parts()) of a model that is read once: what decide_together() of the pruners
+    takes."""
     channels = read_channels(unwrapped(model), example_input)
+    return _groups(channels, model, True), _parts(channels)
+
+
+def _groups(channels, model, depthwise):
     groups, order = defaultdict(list), list(dict(model.named_modules()))
     found = {}
     for step in channels.steps:
@@ -154,7 +151,10 @@ def even_parts(model, example_input):
     split.
     Filters that are chosen evenly in each part can all be removed; chosen freely, the fullest part decides for all.
     """
-    channels = read_channels(unwrapped(model), example_input)
+    return _parts(read_channels(unwrapped(model), example_input))
+
+
+def _parts(channels):
     mixes = [step for step in channels.steps if isinstance(step, Mix) and not step.depthwise]
     grouped = [(step.groups, channels.classes[step.inputs]) for step in mixes if step.groups > 1]
     grouped += [(len(numbers), channels.classes[numbers].flatten()) for _, numbers in channels.blocks]

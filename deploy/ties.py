@@ -318,6 +318,11 @@ class Channels:
         self.steps.append(step)
         return out
 
+    def depends(self, node, source, target):
+        """Write down that the numbers `target` [n] depend on the numbers `source` [n], in a way of which no more is known."""
+        known = source >= 0
+        self.steps.append(Each(node, [], target, _not_known, _not_known, source[known], target[known]))
+
     def mix(self, node, weight, bias, inputs, groups=1, padded=False, swapped=False, depthwise=False):
         """Write down a convolution or linear layer -> the numbers of its filters."""
         names, tensors = self.program.names, self.program.tensors
@@ -376,6 +381,10 @@ def _rectangle(reads):
     """(rows, columns) where exactly the weights of these rows and columns are not zero, else None."""
     rows, columns = reads.any(2, keepdim=True), reads.any(1, keepdim=True)
     return (rows, columns) if torch.equal(reads, rows & columns) else None
+
+
+def _not_known():
+    return torch.tensor(math.nan)
 
 
 def _has_tensors(value):

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch.nn.functional as F
 
-from deploy.shrinking import dependency_groups
+from deploy.shrinking import decided_together
 from pruners.config_list import DEFAULT_TYPES, is_of_type, suggestion
 from pruners.processes import say
 
@@ -119,16 +119,16 @@ class OneShot(Base):
         self.make_pruner(job.model)  # a faulty configuration is to show before training
         self.pretrain(job)
         self.pruner = self.make_pruner(job.model)
-        if groups := self.groups(job, job.model):
-            self.pruner.decide_together(groups)
+        self.pruner.decide_together(*self.groups(job, job.model))
         self.prune(job)
         self.fine_tune(job)
 
     def groups(self, job, model):
-        """Lists of layers whose filters go together, as those of one residual stream; [] where they are not asked for."""
+        """(lists of layers whose filters go together, as those of one residual stream; {layer: parts that lose equally many});
+        both are empty where they are not asked for."""
         if not (self.filters and self.args.dependency_aware):
-            return []
-        return dependency_groups(model, next(iter(job.test))[0][:1], depthwise=True)
+            return [], {}
+        return decided_together(model, next(iter(job.test))[0][:1])
 
     def prune(self, job):
         self.pruner.update_mask()

@@ -104,7 +104,7 @@ class Splitting:
             scores = watched_importance(self.base)
         else:
             scores = self.base.scores({name: tensor.detach() for name, tensor in tensors.items()})
-        return join_groups(self.base.choose(join_groups(scores, self.base.groups)), self.base.groups)
+        return join_groups(self.base.choose(self.base.joined(scores)), self.base.groups)
 
     def watch(self):
         """Let a criterion that judges by training batches see those of the turn that begins."""
@@ -204,6 +204,7 @@ class ADMMPruner(AroundPruner):
         optimizer=None,
         criterion=None,
         groups=(),
+        parts=None,
     ):
         check_trainer(trainer)
         self.num_iterations = one_of_two_names('num_iterations', num_iterations, 30, 'iterations', iterations)
@@ -214,7 +215,7 @@ class ADMMPruner(AroundPruner):
         self.row = one_of_two_names('row', row, 1e-4, 'rho', rho)
         if self.num_iterations < 1 or self.training_epochs < 1 or not 0 < self.row < float('inf'):
             raise ValueError('num_iterations and training_epochs must be 1 or more, and row above 0')
-        self.base = base_pruner(algorithm(base_algo), model, config_list, groups, by_layer=False)
+        self.base = base_pruner(algorithm(base_algo), model, config_list, groups, by_layer=False, parts=parts)
         self.trainer = trainer
         self.given_optimizer = optimizer
         self.criterion = criterion
@@ -287,7 +288,7 @@ class Method(OneShot):
     def run(self, job):
         base = base_pruner(algorithm(self.args.base_algo), job.model, self.config_list(job.model), by_layer=False)
         self.pretrain(job)
-        base.decide_together(self.groups(job, job.model))
+        base.decide_together(*self.groups(job, job.model))
         splitting = Splitting(base, self.args.rho, self.args.admm_epochs)
         splitting.solve(lambda: train_in_loop(job, splitting, 'admm'))
         self.pruner = base

@@ -27,7 +27,7 @@ import torch
 from deploy.files import write_json
 from deploy.latency import gains
 from deploy.network_file import save
-from deploy.shrinking import dependency_groups, shrink
+from deploy.shrinking import decided_together, shrink
 from pruners import search
 from pruners.cost import filter_layers
 from pruners.processes import say
@@ -74,32 +74,32 @@ class Rounds:
 
     def prune(self, network, number):
         """Split the sparsity of round `number` among the layers, train by ADMM, and mask the network, in place."""
-        groups = self.groups(network)
-        config_list = self.split(network, number, groups)
-        splitting = Splitting(self.one_shot(network, config_list, groups), self.row, self.training_epochs)
+        groups, parts = self.groups(network)
+        config_list = self.split(network, number, groups, parts)
+        splitting = Splitting(self.one_shot(network, config_list, groups, parts), self.row, self.training_epochs)
         splitting.solve(partial(self.train, splitting, number))
 
-    def split(self, network, number, groups):
+    def split(self, network, number, groups, parts=None):
         """Anneal -> a config list with which (1 - P)^(k/n) of all weights are left after the removal."""
         budget = self.weights * (1 - self.target) ** (number / self.rounds)
         present = sum(layer.weight.numel() for layer in filter_layers(self.one_shot(network)).values())
         target = max(1 - budget / present, 0.0)
         config_list = [{'sparsity': target, 'op_names': self.names}]
         options = {'max_sparsity': self.largest_share(target), 'experiment_data_dir': self.folder / f'round{number}'}
-        pruner = self.annealing(network, config_list, groups=groups, example_input=self.example, **options)
+        pruner = self.annealing(network, config_list, groups=groups, parts=parts, example_input=self.example, **options)
         pruner.search()
         say(f'round {number}: found a split with a score of {pruner.result["performance"]:.4g}')
         return search.as_config_list(pruner.base, pruner.base.sparsity)
 
-    def one_shot(self, network, config_list=None, groups=()):
+    def one_shot(self, network, config_list=None, groups=(), parts=None):
         """The one-shot pruner of the network of a round; without a config list it prunes nothing."""
         config_list = config_list or [{'sparsity': 0.0, 'op_names': self.names}]
-        return search.base_pruner(self.kind, network, config_list, groups)
+        return search.base_pruner(self.kind, network, config_list, groups, parts=parts)
 
     def rehearse(self, network):
         """A copy without one filter of each layer. Raises ValueError where the network cannot be made smaller."""
         network = copy.deepcopy(network)
-        base = self.one_shot(network, None, self.groups(network))
+        base = self.one_shot(network, None, *self.groups(network))
         keep = {name: torch.ones(num_filters(layer), dtype=torch.bool) for name, layer in base.layers.items()}
         for kept in keep.values():
             kept[0] = len(kept) == 1
@@ -108,8 +108,8 @@ class Rounds:
         return shrink(network, self.example)
 
     def groups(self, network):
-        """The layers whose filters can only be removed together."""
-        return dependency_groups(network, self.example, depthwise=True) if self.dependency_aware else []
+        """The layers whose filters can only be removed together, and those that lose equally many in each part."""
+        return decided_together(network, self.example) if self.dependency_aware else ([], {})
 
     def largest_share(self, target):
         """The largest share of any layer where that of all is `target`."""

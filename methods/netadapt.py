@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from deploy.shrinking import dependency_groups
+from deploy.shrinking import decided_together
 from pruners import processes, search
 from pruners.cost import COSTS, ShrunkCost, own_cost, usual_example
 from pruners.processes import say
@@ -233,7 +233,7 @@ class NetAdaptPruner(search.Search):
             try:
                 cost = ShrunkCost(self.base, example, self.kind)
                 if self.dependency_aware:
-                    self.base.decide_together(dependency_groups(self.base.model, example, depthwise=True))
+                    self.base.decide_together(*decided_together(self.base.model, example))
                 return cost
             except ValueError as error:
                 say(f'{error}; only the weights of the pruned filters themselves are counted')

@@ -219,11 +219,12 @@ class SimulatedAnnealingPruner(search.Search):
         max_sparsity=search.LARGEST_SHARE,
         seed=0,
         groups=(),
+        parts=None,
         statistics=None,
         example_input=None,
     ):
         kind = algorithm(base_algo)
-        super().__init__(model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, statistics, groups)
+        super().__init__(model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, statistics, groups, parts)
         numbers = (start_temperature, stop_temperature, cool_down_rate, perturbation_magnitude, search_steps, seed)
         self.annealing = Annealing(*numbers)
         self.annealing.check()
@@ -259,6 +260,7 @@ class Method(Searching):
         add_annealing_flags(parser.add_argument)
 
     def make_pruner(self, model):
+        groups, parts = self.groups(self.job, model)
         return SimulatedAnnealingPruner(
             model,
             self.config_list(model),
@@ -266,7 +268,8 @@ class Method(Searching):
             base_algo=self.args.base_algo,
             experiment_data_dir=self.job.folder,
             max_sparsity=largest_share(self.args, self.args.ptarget),
-            groups=self.groups(self.job, model),
+            groups=groups,
+            parts=parts,
             statistics=self.statistics,
             **annealing_options(self.args),
         )

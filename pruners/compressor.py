@@ -36,7 +36,16 @@ from . import processes
 from .batch_norms import batch_norms
 from .config_list import is_positive, select_layers, warn_of_others
 from .holding import Hold, apply_masks
-from .selection import Keep, Scores, expand_mask, filters_first, join_groups, keep_by_layer, keep_globally
+from .selection import (
+    Keep,
+    Scores,
+    even_scores,
+    expand_mask,
+    filters_first,
+    join_groups,
+    keep_by_layer,
+    keep_globally,
+)
 
 ACTIVATIONS = {'relu': nn.functional.relu, 'relu6': nn.functional.relu6}
 
@@ -64,6 +73,7 @@ class Compressor:
         self.sparsity = {name: entry.get('sparsity', 0.0) for name, entry in self.entries.items()}
         self.norms = batch_norms(model) if self.FILTERS else {}
         self.groups = []  # see decide_together()
+        self.parts = {}
         self.holds = None  # {module: Hold} while the masks hold
         self.set_masks(None)
 
@@ -122,21 +132,28 @@ class Compressor:
         scores = self.importance()
         if scores is None:
             return False
-        keep = self.choose(join_groups(scores, self.groups))
+        keep = self.choose(self.joined(scores))
         self.set_masks(join_groups(keep, self.groups))
         return True
 
-    def decide_together(self, groups: list[list[str]]) -> None:
+    def joined(self, scores: Scores) -> Scores:
+        """The scores by which layers that decide together choose, evenly in their parts."""
+        return even_scores(join_groups(scores, self.groups), self.parts)
+
+    def decide_together(self, groups: list[list[str]], parts: dict[str, int] | None = None) -> None:
         """Give the layers of each group, [[layer names], ...], one mask, by their mean scores; call it before compress().
 
         Filters that end in one residual stream can only be removed together: masks that disagree leave it at its full width.
         groups: dependency_groups(model, example_input, depthwise=True), of deploy. Layers that are not pruned are left out of a
         group. Where batch norms are pruned, a group names the convolutions that they follow.
+        parts: even_parts(model, example_input), of deploy: layers whose filters are chosen evenly in so many equal parts, as
+        the groups of a grouped convolution can only lose as many each.
         """
         conv_before = {norm: conv for conv, norm in self.norms.items()}
         names = {conv_before.get(name, name): name for name in self.layers}
         groups = [[names[name] for name in group if name in names] for group in groups]
         self.groups = [group for group in groups if len(group) > 1]
+        self.parts = {names[name]: number for name, number in (parts or {}).items() if name in names}
 
     def update_epoch(self, epoch: int) -> None:
         """Say that epoch `epoch` (from 0) begins: of use to pruners with a schedule."""

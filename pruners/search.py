@@ -20,17 +20,19 @@ from deploy.graph import release
 
 from . import processes
 from .compressor import Compressor, GlobalPruner, StatisticsPruner
-from .selection import Keep, Scores, join_groups, mark_lowest, num_filters, pruned_first
+from .selection import Keep, Scores, mark_lowest, num_filters, pruned_first
 
 Counts = dict[str, int]  # {layer: number of filters, or weights}
 LARGEST_SHARE = 1 - 1e-9  # shares stay below 1; each layer keeps a filter in any case
 UNTIL_TOLD = 2**62  # training batches that a criterion watches
 
 
-def base_pruner(kind: type[Compressor], model: nn.Module, config_list: list[dict], groups=(), by_layer=True) -> Compressor:
+def base_pruner(
+    kind: type[Compressor], model: nn.Module, config_list: list[dict], groups=(), by_layer=True, parts=None
+) -> Compressor:
     """The one-shot pruner of a class for a search; a criterion that watches training does so until it is told to stop.
 
-    groups: lists of layers whose filters are decided together. by_layer: rank within each layer, also where the class ranks all
+    groups, parts: see Compressor.decide_together(). by_layer: rank within each layer, also where the class ranks all
     layers together. Raises ValueError as the class does.
     """
     options = {}
@@ -40,7 +42,7 @@ def base_pruner(kind: type[Compressor], model: nn.Module, config_list: list[dict
         options['statistics_batch_num'] = UNTIL_TOLD
     base = kind(model, config_list, **options)
     if base.FILTERS:
-        base.decide_together(groups)
+        base.decide_together(groups, parts)
     return base
 
 
@@ -56,8 +58,8 @@ def importance(base: Compressor, statistics: Callable | None = None) -> Scores:
             base.watch()
             statistics(base.model)
             base.unwatch()
-        return join_groups(watched_importance(base), base.groups)
-    return join_groups(base.importance(), base.groups)
+        return base.joined(watched_importance(base))
+    return base.joined(base.importance())
 
 
 def watched_importance(base: StatisticsPruner) -> Scores:
@@ -173,9 +175,11 @@ class AroundPruner:
 class Search(AroundPruner):
     """A pruner that searches: search() sets the masks of `base`, and `result`, {performance, sparsity, met, config_list}."""
 
-    def __init__(self, model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, statistics, groups=()):
+    def __init__(
+        self, model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, statistics, groups=(), parts=None
+    ):
         self.evaluation = Evaluation(evaluator, optimize_mode)
-        self.base = base_pruner(kind, model, config_list, groups)
+        self.base = base_pruner(kind, model, config_list, groups, parts=parts)
         targets = sorted(set(self.base.sparsity.values()))
         if len(targets) > 1:
             raise ValueError(f'sparsity is the overall target, so all entries of config_list need the same, not {targets}')

@@ -134,3 +134,21 @@ def join_groups(values: dict[str, torch.Tensor], groups: list[list[str]]) -> dic
             together = stacked.any(0) if stacked.dtype == torch.bool else stacked.mean(0)
             joined |= {name: together.clone() for name in members}
     return joined
+
+
+@torch.no_grad()
+def even_scores(scores: Scores, parts: dict[str, int]) -> Scores:
+    """Let equal parts of a layer's filters rank alike, so that about as many go in each: {layer name: scores [out]} -> the
+    same.
+
+    parts: {layer name: number of parts}, as deploy.even_parts() finds them: the groups of a grouped convolution lose as many
+    filters each, or the fullest decides for all. The k-th lowest score of each part becomes their mean. Layers that are not in
+    `parts`, and scores of weights, are left alone.
+    """
+    even = dict(scores)
+    for name, number in parts.items():
+        if name in scores and scores[name].dim() == 1 and len(scores[name]) % number == 0:
+            values, order = scores[name].double().view(number, -1).sort(dim=1, stable=True)
+            levels = values.mean(0, keepdim=True).expand_as(values).contiguous()
+            even[name] = torch.empty_like(values).scatter_(1, order, levels).view(-1).to(scores[name].dtype)
+    return even

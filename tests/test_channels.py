@@ -212,6 +212,33 @@ def test_a_gate_and_unknown_operations_keep_alive():
     assert_masks(live_masks(graph, masks), expected)
 
 
+def test_a_softmax_over_channels_reads_all_of_them():
+    class Weighed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.last = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return self.last(torch.softmax(self.a(x), 1))
+
+    masks = {'a': bits('11', '10', '01'), 'last': bits('100', '000')}  # one channel is read; its share depends on the others
+    assert_masks(live_masks(graph_of(Weighed()), masks), masks)
+
+
+def test_one_tensor_given_twice_is_two_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1)
+
+        def forward(self, x, y):
+            return self.a(x) + self.b(y)
+
+    x = torch.randn(2, 2, 6, 6)
+    first, second = read_channels(Two(), (x, x)).steps[:2]
+    assert first.node.args[0] is not second.node.args[0]
+
+
 def test_batch_norms_are_named_by_the_convolution_they_follow():
     graph = graph_of(Residual())
     assert norms_behind(graph) == {'stem': 'stem_bn', 'conv1': 'bn1', 'conv2': 'bn2'}

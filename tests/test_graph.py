@@ -390,3 +390,43 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(capsys):
         shrink(normed, images(1, 3, 8, 8))
     printed = capsys.readouterr()
     assert not printed.out and not printed.err
+
+
+def grouped_network(kind):
+    from torchvision import models
+
+    if kind == 'resnext':
+        return models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=5, groups=8, width_per_group=4)
+    sizes = {'depths': [1, 1], 'widths': [16, 32], 'group_widths': [4, 8]}
+    settings = models.regnet.BlockParams(**sizes, bottleneck_multipliers=[1.0, 1.0], strides=[2, 2])
+    return models.RegNet(settings, num_classes=5, stem_width=8)
+
+
+@pytest.mark.parametrize('kind', ['resnext', 'regnet'])
+def test_half_of_the_filters_of_grouped_convolutions_really_go(kind):
+    """Chosen evenly in each group; chosen freely, the fullest group decides for all."""
+    from deploy import decided_together, shrink
+    from methods import L1FilterPruner
+
+    width = {}
+    for evenly in (True, False):
+        torch.manual_seed(0)
+        model, x = grouped_network(kind).eval(), images(1, 3, 32, 32)
+        groups, parts = decided_together(model, x)
+        assert sum(model.get_submodule(name).groups > 1 for name in parts) >= 2
+        pruner = L1FilterPruner(model, [{'sparsity': 0.5, 'op_types': ['Conv2d']}])
+        pruner.decide_together(groups, parts if evenly else {})
+        pruner.compress()
+        small = shrink(model, x)
+        widths = [sum(net.get_submodule(name).out_channels for name in parts) for net in (small, model)]
+        width[evenly] = widths[0] / widths[1]
+    assert width[True] < 0.51 and width[False] > width[True] + 0.05
+
+
+def test_parts_of_a_layer_rank_alike():
+    from pruners.selection import even_scores, keep_by_layer
+
+    scores = {'a': torch.tensor([1.0, 2.0, 7.0, 5.0]), 'b': torch.tensor([1.0, 2.0])}
+    even = even_scores(scores, {'a': 2})
+    assert even['a'].tolist() == [3.0, 4.5, 4.5, 3.0] and torch.equal(even['b'], scores['b'])
+    assert keep_by_layer(even, {'a': 0.5, 'b': 0.5})['a'].tolist() == [False, True, True, False]

@@ -1,4 +1,4 @@
-"""Random networks with random dead filters: the shrunk one computes the same in double precision.
+"""Random networks with random dead filters and masks: the shrunk and the packed one compute the same in double precision.
 
 RANDOM_GRAPHS=2000 ./launch tests tests/test_random_graphs.py      as many as wanted; 40 in the suite
 """
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deploy import outputs, shrink
+from deploy import outputs, packing, shrink
+from deploy.writing import write
 
 NUMBER = int(os.environ.get('RANDOM_GRAPHS', 40))
 ACTIVATIONS = (F.relu, F.silu, torch.sigmoid, torch.tanh, F.gelu, F.hardswish, F.softplus, torch.abs, F.elu)
@@ -184,3 +185,37 @@ def test_random_networks_compute_the_same_when_shrunk(block):
         fresh = torch.randn(3, 3, 4, 4, dtype=torch.float64)
         assert outputs.compare(net, small, fresh) < 1e-9, f'seed {seed}'
         assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items()), f'seed {seed}'
+
+
+@torch.no_grad()
+def mask_kernels(net, seed):
+    """Masks as Dynamic Structure Pruning leaves them: filters in groups that read their own channels, some dead."""
+    generator, dice = torch.Generator().manual_seed(seed), random.Random(seed)
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d) and dice.random() < 0.8:
+            groups, kept = dice.choice([1, 2, 3]), dice.choice([0.4, 0.7])
+            group = torch.randint(groups, (layer.out_channels,), generator=generator)
+            live = torch.rand(groups, layer.weight.shape[1], generator=generator) < kept
+            alive = torch.rand(layer.out_channels, generator=generator) > dice.choice([0.0, 0.3])
+            layer.register_buffer('mask', (live[group] & alive[:, None])[:, :, None, None])
+
+
+@pytest.mark.parametrize('block', range(4))
+def test_random_networks_compute_the_same_when_packed(block):
+    """Each convolution in a way drawn at random, in a memory layout drawn at random."""
+    for seed in range(block * NUMBER // 4, (block + 1) * NUMBER // 4):
+        net, dice = Net(seed).double().eval(), random.Random(seed)
+        kill(net, seed)
+        mask_kernels(net, seed)
+        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            base, network, _ = packing.prepared(net, x)
+
+        def choose(network, node, layout, ways, into_sum, dice=dice):
+            return dice.choice(ways)
+
+        packed = write(dice.choice(packing.layouts(network)), choose)
+        fresh = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+        for expected, found in zip(outputs.run(base, fresh), outputs.run(packed, fresh), strict=True):
+            assert (expected - found).abs().max() <= 1e-9 * expected.abs().max().clamp(min=1), f'seed {seed}'
