@@ -32,6 +32,9 @@
 #include <vector>
 
 #include <unistd.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -47,6 +50,8 @@
 #define DENSE_VECTORS 3
 #endif
 #define DENSE_FILTERS 4
+#define FAR (256 << 10)   // bytes of a layer from which on memory is asked for ahead
+#define AHEAD 1024        // bytes
 #define SLACK 256         // floats around every buffer that may be read, never used
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -58,6 +63,32 @@ typedef int32_t loose_ints __attribute__((vector_size(4 * LANES), aligned(4), ma
 static inline vec load(const float *p) { return *(const loose *)p; }
 static inline void store(float *p, vec v) { *(loose *)p = v; }
 static inline vec all(float value) { return value - vec{}; }
+
+// Store the lanes whose bits are set.
+static inline void store_some(float *p, vec v, uint32_t bits) {
+#if LANES == 16
+    _mm512_mask_storeu_ps(p, (__mmask16)bits, (__m512)v);
+#else
+    if (bits == (1u << LANES) - 1) {
+        store(p, v);
+    } else {
+        for (int l = 0; l < LANES; l++)
+            if (bits >> l & 1) p[l] = v[l];
+    }
+#endif
+}
+
+// The lanes whose bits are set, zero in the others.
+static inline vec load_some(const float *p, uint32_t bits) {
+#if LANES == 16
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)bits, p);
+#else
+    vec v = {};
+    for (int l = 0; l < LANES; l++)
+        if (bits >> l & 1) v[l] = p[l];
+    return v;
+#endif
+}
 
 // Every second float of two vectors.
 static inline vec evens(vec a, vec b) {
@@ -218,33 +249,82 @@ static void accumulate(float *tile, const float *packed, const Weight *weights, 
     for (int v = 0; v < V; v++) store(tile + v * LANES, sum[v]);
 }
 
-struct Finish {  // what happens to a finished sum
-    float bias, low, high;
-    const float *residual;  // or null
-    const int32_t *mask;    // or null
+struct Row {          // of the weights: those of one filter in one block
+    int32_t filter;   // within its group
+    int32_t count;
 };
 
-// A whole output tile at once: out = clamp(bias + products + residual), zero where the mask is.
+struct Piece {        // where a vector of a tile belongs
+    int32_t place;    // floats from the start of the plane
+    uint32_t bits;    // its lanes that are pixels
+};
+
+struct Run {          // one tile of outputs, one block of channels, some filters of a group
+    const Row *rows;
+    int64_t count;    // of rows
+    const Weight *weights;
+    const float *packed;
+    float *sums;      // of the tile for each filter, between blocks; null where there is one block
+    bool first, last; // block
+    bool far;         // weights or outputs are too many for the nearer caches
+    const float *bias, *residual;  // or null
+    float *out;
+    int64_t out_plane, residual_plane;
+    int64_t images;   // side by side in each vector
+    int64_t out_image, residual_image;
+    const Piece *pieces;  // [image][vector]
+    float low, high;
+};
+
+// out = clamp(bias + products + residual) for a tile of V vectors, filter after filter. The plain loop is that of the whole convolution.
 template <int V>
-static void complete(float *out, const float *packed, const Weight *weights, int64_t count, const Finish &with) {
-    vec sum[V];
+static void run_filters(const Run &r) {
+    const Weight *weights = r.weights;
+    const float low = r.low, high = r.high;
+    for (int64_t k = 0; k < r.count; k++) {
+        const int64_t f = r.rows[k].filter, count = r.rows[k].count;
+        float *const out = r.out + f * r.out_plane, *const kept = r.sums + f * V * LANES;
+        const float *const residual = r.residual ? r.residual + f * r.residual_plane : nullptr;
+        if (r.far && r.images == 1) {  // what is needed when the sums are ready, and the weights of filters to come
+            for (int v = 0; v < V && r.last; v++) __builtin_prefetch(out + r.pieces[v].place, 1);
+            for (int v = 0; v < V && r.last && residual; v++) __builtin_prefetch(residual + r.pieces[v].place);
+            for (int64_t j = 0; j < count; j += 8) __builtin_prefetch((const char *)(weights + j) + AHEAD);
+        }
+        vec sum[V];
+        if (r.first) {
+            const vec bias = all(r.bias ? r.bias[f] : 0);
 #pragma GCC unroll 16
-    for (int v = 0; v < V; v++) sum[v] = all(with.bias);
-    add_products<V>(sum, packed, weights, count);
-    const float low = with.low, high = with.high;
-    const float *const residual = with.residual;
-    const int32_t *const mask = with.mask;
-    if (residual) {
+            for (int v = 0; v < V; v++) sum[v] = bias;
+        } else {
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++) sum[v] += load(residual + v * LANES);
-    }
-    if (mask) {
+            for (int v = 0; v < V; v++) sum[v] = *(const vec *)(kept + v * LANES);
+        }
+        add_products<V>(sum, r.packed, weights, count);
+        weights += count;
+        if (!r.last) {
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++)
-            store(out + v * LANES, (vec)((ints)clamp(sum[v], low, high) & *(const loose_ints *)(mask + v * LANES)));
-    } else {
+            for (int v = 0; v < V; v++) *(vec *)(kept + v * LANES) = sum[v];
+            continue;
+        }
+        if (r.images == 1) {
+            if (residual) {
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++) store(out + v * LANES, clamp(sum[v], low, high));
+                for (int v = 0; v < V; v++) sum[v] += load(residual + r.pieces[v].place);
+            }
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++) store_some(out + r.pieces[v].place, clamp(sum[v], low, high), r.pieces[v].bits);
+            continue;
+        }
+        for (int64_t m = 0; m < r.images && residual; m++) {
+            const Piece *const pieces = r.pieces + m * V;
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++) sum[v] += load_some(residual + m * r.residual_image + pieces[v].place, pieces[v].bits);
+        }
+        for (int64_t m = 0; m < r.images; m++) {
+            const Piece *const pieces = r.pieces + m * V;
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++) store_some(out + m * r.out_image + pieces[v].place, clamp(sum[v], low, high), pieces[v].bits);
+        }
     }
 }
 
@@ -275,7 +355,7 @@ static void accumulate_dense(float *tile, int64_t apart, const float *packed, co
 }
 
 typedef void (*Accumulate)(float *, const float *, const Weight *, int64_t);
-typedef void (*Complete)(float *, const float *, const Weight *, int64_t, const Finish &);
+typedef void (*RunFilters)(const Run &);
 typedef void (*AccumulateDense)(float *, int64_t, const float *, const int32_t *, const float *, int64_t);
 static const Accumulate ACCUMULATE[] = {
     nullptr, accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>, accumulate<5>, accumulate<6>, accumulate<7>,
@@ -284,11 +364,11 @@ static const Accumulate ACCUMULATE[] = {
     accumulate<13>, accumulate<14>,
 #endif
 };
-static const Complete COMPLETE[] = {
-    nullptr, complete<1>, complete<2>, complete<3>, complete<4>, complete<5>, complete<6>, complete<7>,
-    complete<8>, complete<9>, complete<10>, complete<11>, complete<12>,
+static const RunFilters RUN_FILTERS[] = {
+    nullptr, run_filters<1>, run_filters<2>, run_filters<3>, run_filters<4>, run_filters<5>, run_filters<6>, run_filters<7>,
+    run_filters<8>, run_filters<9>, run_filters<10>, run_filters<11>, run_filters<12>,
 #if TILE_VECTORS > 12
-    complete<13>, complete<14>,
+    run_filters<13>, run_filters<14>,
 #endif
 };
 static const AccumulateDense ACCUMULATE_DENSE[] = {
@@ -310,6 +390,7 @@ struct Slot {         // one packed piece: rows of one channel, as one kernel co
 struct Conv {
     Step view;                                     // the step; a flat one has the whole plane as its one row
     bool flat;
+    bool bordered;                                 // the input has a border of zeros as wide as the kernel reads
     int64_t tile_images, tile_rows, tile_columns;  // outputs of a tile; images lie side by side
     int64_t pitch;                                 // floats between two packed rows
     int64_t rows;                                  // packed rows of a slot
@@ -320,13 +401,16 @@ struct Conv {
     int64_t nonzero;
     std::vector<Slot> slots;                       // of all groups and blocks
     std::vector<int64_t> slot_start;               // [group * blocks + block]
-    std::vector<Weight> weights;                   // [group][block][filter of the group]
-    std::vector<int64_t> start;                    // [(group * blocks + block) * filters of a group + filter]
+    bool quick;                                    // run_filters does it
+    bool far;                                      // weights and outputs are more than FAR bytes
+    std::vector<Piece> pieces;                     // [tile][vector]
+    std::vector<Weight> weights;                   // [group][block][row]
+    std::vector<Row> row;                          // [group][block]: the filters of each chunk, those with equally many weights together
+    std::vector<int64_t> start;                    // first weight of a row; dense: [(group * blocks + block) * filters of a group + filter]
     std::vector<int32_t> offsets;                  // dense: [group][block], shared by the filters
     std::vector<int64_t> offset_start;
     std::vector<float> values;                     // dense: [group][block][filters in fours][offset][DENSE_FILTERS]
     std::vector<int64_t> chunk;                    // first filter of each chunk, and the end
-    std::vector<int32_t> order;                    // [group][block]: the filters of each chunk, those with equally many weights together
 };
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -349,9 +433,9 @@ static void choose_tile(const Step &s, Conv &c) {
     if (c.tile_columns < s.out_width)  // equal parts
         c.tile_columns = least(c.tile_columns, round_up(ceil_div(s.out_width, ceil_div(s.out_width, c.tile_columns)), LANES));
     c.pitch = pitch_of(c.tile_columns + reach);
-    if (s.shifted && s.images > 1 && c.tile_columns == s.out_width) {
-        c.tile_images = most(1, least(s.images, room / (s.out_width * s.out_height)));
-        c.pitch = pitch_of(c.tile_images * c.tile_columns);
+    if (s.shifted && s.images > 1 && s.out_width <= LANES / 2) {  // images side by side in a vector
+        c.tile_images = least(s.images, LANES / s.out_width);
+        c.pitch = LANES;
     }
     c.tile_rows = most(1, least(s.out_height, room / c.pitch));
     c.tile_rows = ceil_div(s.out_height, ceil_div(s.out_height, c.tile_rows));
@@ -369,6 +453,45 @@ static int64_t direct_offset(const Step &s, int64_t plane, int64_t row, int64_t 
     return plane * s.in.plane + y * s.in.pitch + x;
 }
 
+// Chunks of filters with about equal work: one unit a weight, and a few for each filter.
+static void share_out(const Step &s, Conv &c) {
+    const int64_t filters = s.filters / s.groups, size = s.channels / s.groups * s.kernel_h * s.kernel_w;
+    const int64_t chunks = most(1, least(s.chunks, ceil_div(filters, DENSE_FILTERS)));
+    std::vector<int64_t> work(filters, 4);
+    int64_t total = 0;
+    for (int64_t f = 0; f < filters; f++) {
+        for (int64_t g = 0; g < s.groups && !s.dense && chunks > 1; g++)
+            for (int64_t j = 0; j < size; j++) work[f] += s.weight[(g * filters + f) * size + j] != 0;
+        total += work[f];
+    }
+    int64_t sum = 0;
+    c.chunk.push_back(0);
+    for (int64_t f = 0; f < filters; f++) {
+        if ((int64_t)c.chunk.size() < chunks && sum * chunks >= total * (int64_t)c.chunk.size() && f % DENSE_FILTERS == 0) c.chunk.push_back(f);
+        sum += work[f];
+    }
+    c.chunk.push_back(filters);
+}
+
+// Where the vectors of each tile belong, if run_filters can do this convolution: a vector lies within one row of the output.
+static void place_pieces(const Step &s, Conv &c) {
+    const bool alike = s.other.buffer < 0 || s.other.pitch == s.out.pitch;
+    c.quick = !s.dense && !s.mode && s.activation == CLAMP && alike && (c.flat || c.pitch % LANES == 0);
+    if (!c.quick) return;
+    for (int64_t y0 = 0; y0 < s.out_height; y0 += c.tile_rows)
+        for (int64_t x0 = 0; x0 < s.out_width; x0 += c.tile_columns)
+            for (int64_t m = 0; m < c.tile_images; m++)
+                for (int64_t v = 0; v < c.vectors; v++) {
+                    const int64_t y = c.flat ? 0 : y0 + v * LANES / c.pitch, x = x0 + (c.flat ? v * LANES : v * LANES % c.pitch);
+                    const int64_t first = m * c.tile_columns, end = c.tile_images > 1 ? first + s.out_width : least(s.out_width, x0 + c.tile_columns) - x;
+                    Piece piece = {(int32_t)(c.flat ? x : y * s.out.pitch + x - first), 0};
+                    for (int64_t l = first; l < least(LANES, end); l++)
+                        if (y < s.out_height && (!c.flat || !s.mask || s.mask[x + l])) piece.bits |= 1u << l;
+                    if (!piece.bits) piece.place = 0;
+                    c.pieces.push_back(piece);
+                }
+}
+
 extern "C" void *conv_prepare(const Step *step) {
     Conv *conv = new Conv;
     Conv &c = *conv;
@@ -382,15 +505,20 @@ extern "C" void *conv_prepare(const Step *step) {
     }
     const int64_t planes = most(1, s.phases);  // of a channel
     choose_tile(s, c);
+    const int64_t border = s.in.pitch - s.width;
+    const int64_t reach = most(most(s.pad_h, (s.kernel_h - 1) * s.dilation_h - s.pad_h), most(s.pad_w, (s.kernel_w - 1) * s.dilation_w - s.pad_w));
+    const bool steps = s.stride_h > 1 || s.stride_w > 1;
+    c.bordered = s.shifted && !c.flat && !steps && c.pitch % LANES == 0 && border > 0 && border >= reach;
     const int64_t channels = s.channels / s.groups, filters = s.filters / s.groups, taps = s.kernel_h * s.kernel_w;
     // slots of a channel: one for each row phase, times one for each kernel column (shifted) or column phase
     const int64_t copies = s.shifted ? s.kernel_w : least(s.stride_w, (s.kernel_w - 1) * s.dilation_w + 1);
     const int64_t phases = least(s.stride_h, (s.kernel_h - 1) * s.dilation_h + 1);
     const int64_t channel_bytes = 4 * copies * phases * c.slot_size;
-    const int64_t block = s.direct ? channels : most(1, least(channels, s.block_bytes / channel_bytes));
+    const int64_t block = most(1, least(channels, s.block_bytes / (s.direct ? 4 * planes * c.vectors * LANES : channel_bytes)));
     c.blocks = ceil_div(channels, block);
     c.most_slots = 0;
     c.nonzero = 0;
+    share_out(s, c);
     std::vector<int32_t> slot_of(copies * phases), offset_of(block * taps);
     std::vector<char> used(taps);
     for (int64_t g = 0; g < s.groups; g++)
@@ -425,14 +553,23 @@ extern "C" void *conv_prepare(const Step *step) {
                 c.offset_start.push_back(c.offsets.size());
                 c.offsets.insert(c.offsets.end(), offset_of.begin(), offset_of.begin() + (last - first) * taps);
             }
+            std::vector<Row> rows;
             for (int64_t f = 0; f < filters; f++) {
+                rows.push_back({(int32_t)f, 0});
+                for (int64_t j = 0; j < (last - first) * taps; j++) rows[f].count += weight[(f * channels + first) * taps + j] != 0;
+            }
+            for (size_t k = 0; k + 1 < c.chunk.size() && !s.dense; k++)  // loops of equal length one after the other: their ends are predicted
+                std::stable_sort(rows.begin() + c.chunk[k], rows.begin() + c.chunk[k + 1], [](Row a, Row b) { return a.count < b.count; });
+            c.row.insert(c.row.end(), rows.begin(), rows.end());
+            for (int64_t k = 0; k < filters; k++) {
+                const int64_t f = rows[k].filter;
                 c.start.push_back(s.dense ? c.values.size() : c.weights.size());
                 if (s.dense && f % DENSE_FILTERS) continue;
                 const int64_t together = s.dense ? least(DENSE_FILTERS, filters - f) : 1;
                 for (int64_t j = 0; j < (last - first) * taps; j++) {
                     const float *value = weight + (f * channels + first) * taps + j;
                     if (s.dense)
-                        for (int64_t k = 0; k < DENSE_FILTERS; k++) c.values.push_back(k < together ? value[k * channels * taps] : 0);
+                        for (int64_t i = 0; i < DENSE_FILTERS; i++) c.values.push_back(i < together ? value[i * channels * taps] : 0);
                     else if (*value != 0)
                         c.weights.push_back({offset_of[j], *value});
                 }
@@ -442,30 +579,8 @@ extern "C" void *conv_prepare(const Step *step) {
     c.offset_start.push_back(c.offsets.size());
     c.start.push_back(s.dense ? c.values.size() : c.weights.size());
     c.nonzero = c.weights.size();
-    // chunks of filters with about equal work: one unit a weight, and a few for each filter
-    const int64_t chunks = most(1, least(s.chunks, ceil_div(filters, DENSE_FILTERS)));
-    std::vector<double> work(filters, s.dense ? 1.0 : 4.0);
-    double total = 0;
-    for (int64_t f = 0; f < filters; f++) {
-        for (int64_t i = 0; i < s.groups * c.blocks && !s.dense; i++) work[f] += c.start[i * filters + f + 1] - c.start[i * filters + f];
-        total += work[f];
-    }
-    double sum = 0;
-    c.chunk.push_back(0);
-    for (int64_t f = 0; f < filters; f++) {
-        if ((int64_t)c.chunk.size() < chunks && sum >= total * c.chunk.size() / chunks && f % DENSE_FILTERS == 0) c.chunk.push_back(f);
-        sum += work[f];
-    }
-    c.chunk.push_back(filters);
-    // loops of equal length one after the other: the processor predicts their ends
-    for (int64_t i = 0; i < s.groups * c.blocks; i++) {
-        const int64_t *start = c.start.data() + i * filters;
-        for (int64_t f = 0; f < filters; f++) c.order.push_back(f);
-        const auto order = c.order.end() - filters;
-        for (size_t k = 0; k + 1 < c.chunk.size() && !s.dense; k++)
-            std::stable_sort(order + c.chunk[k], order + c.chunk[k + 1],
-                             [start](int32_t a, int32_t b) { return start[a + 1] - start[a] < start[b + 1] - start[b]; });
-    }
+    place_pieces(s, c);
+    c.far = c.weights.size() * sizeof(Weight) + s.filters * s.out.plane * sizeof(float) > FAR;
     return conv;
 }
 
@@ -479,6 +594,24 @@ static void pack_slot(const Step &s, const Conv &c, const Slot &slot, const floa
     const int64_t first = x0 * s.stride_w + slot.column;
     const int64_t left = least(columns, first >= 0 ? 0 : ceil_div(-first, s.stride_w));               // columns before the image
     const int64_t right = most(left, least(columns, first >= s.width ? 0 : (s.width - 1 - first) / s.stride_w + 1));  // first column behind it
+    if (c.bordered) {  // all that a tile's pixels need is there
+        const float *from = in + slot.channel * s.in.plane + (y0 + slot.row) * s.in.pitch + first;
+        const int64_t rows = least(slot.used, s.height + s.in.pitch - s.width - y0 - slot.row);
+        if (c.tile_images == 1) {
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t x = 0; x < c.pitch; x += LANES) *(vec *)(packed + r * c.pitch + x) = load(from + r * s.in.pitch + x);
+            return;
+        }
+        for (int64_t m = 0; m < images; m++, from += s.in.image)
+            for (int64_t r = 0; r < rows; r++) {
+                float *row = packed + r * c.pitch + m * c.tile_columns;
+                if (m * c.tile_columns + 8 <= c.pitch && c.tile_columns <= 8)  // the next image overwrites what is too much
+                    std::memcpy(row, from + r * s.in.pitch, 8 * sizeof(float));
+                else
+                    std::memcpy(row, from + r * s.in.pitch, c.tile_columns * sizeof(float));
+            }
+        return;
+    }
     for (int64_t m = 0; m < images; m++) {
         const float *plane = in + m * s.in.image + slot.channel * s.in.plane;
         for (int64_t r = 0; r < slot.used; r++) {
@@ -554,18 +687,6 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
     float *out = buffers[s.out.buffer] + s.out.offset + n0 * s.out.image;
     const float *other = s.other.buffer < 0 ? nullptr : buffers[s.other.buffer] + s.other.offset + n0 * s.other.image;
     const int64_t vectors = c.flat ? ceil_div(columns, LANES) : c.vectors;  // the last tile of a flat one is shorter
-    if (s.direct && !s.dense && s.activation == CLAMP && images == 1 && (s.mask || columns % LANES == 0)) {
-        const Complete run = COMPLETE[vectors];
-        const int64_t *start = c.start.data() + group * filters;
-        for (int64_t k = from; k < to; k++) {
-            const int64_t f = c.order[group * filters + k];
-            const int64_t plane = group * filters + f;
-            const Finish with = {s.bias ? s.bias[plane] : 0, (float)s.low, (float)s.high, other ? other + plane * s.other.plane + x0 : nullptr,
-                                 s.mask ? s.mask + x0 : nullptr};
-            run(out + plane * s.out.plane + x0, in + x0, c.weights.data() + start[f], start[f + 1] - start[f], with);
-        }
-        return;
-    }
     float *sums = scratch.floats(many * tile + c.most_slots * c.slot_size + tile + 2 * SLACK);
     float *packed = sums + many * tile;
     for (int64_t b = 0; b < c.blocks; b++) {
@@ -580,16 +701,40 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
         } else {
             for (int64_t k = 0; k < count; k++) pack_slot(s, c, slots[k], in, images, y0, x0, packed + k * c.slot_size);
         }
+        if (c.quick) {
+            const bool clean = c.blocks == 1;
+            const Run run = {c.row.data() + index * filters + from,
+                             to - from,
+                             c.weights.data() + c.start[index * filters + from],
+                             inputs,
+                             clean ? nullptr : sums - from * vectors * LANES,
+                             b == 0,
+                             b == c.blocks - 1,
+                             c.far,
+                             s.bias ? s.bias + group * filters : nullptr,
+                             other ? other + group * filters * s.other.plane : nullptr,
+                             out + group * filters * s.out.plane,
+                             s.out.plane,
+                             s.other.plane,
+                             images,
+                             s.out.image,
+                             s.other.image,
+                             c.pieces.data() + (y0 / c.tile_rows * wide + x0 / c.tile_columns) * c.tile_images * c.vectors,
+                             (float)s.low,
+                             (float)s.high};
+            RUN_FILTERS[vectors](run);
+            continue;
+        }
         for (int64_t k = from; k < to; k++) {
-            const int64_t f = c.order[index * filters + k];
+            const int64_t f = c.row[index * filters + k].filter;
             float *sum = sums + (f - from) % many * tile;
             if (b == 0) {
                 const vec bias = all(s.bias ? s.bias[group * filters + f] : 0);
                 for (int64_t v = 0; v < c.vectors; v++) *(vec *)(sum + v * LANES) = bias;
             }
             if (!s.dense) {
-                const int64_t at = c.start[index * filters + f], weights = c.start[index * filters + f + 1] - at;
-                if (weights) ACCUMULATE[vectors](sum, inputs, c.weights.data() + at, weights);
+                const int64_t weights = c.row[index * filters + k].count;
+                if (weights) ACCUMULATE[vectors](sum, inputs, c.weights.data() + c.start[index * filters + k], weights);
             } else if ((f - from) % DENSE_FILTERS == DENSE_FILTERS - 1 || f == to - 1) {
                 const int64_t four = f - (f - from) % DENSE_FILTERS;
                 const int64_t offset = c.offset_start[index];
@@ -791,6 +936,16 @@ static void plane_task(const Step &s, float **buffers, int64_t task, Scratch &sc
                 const int32_t row = s.rows[y], column = s.columns[x];
                 out[y * s.out.pitch + x] = row < 0 || column < 0 ? (float)s.low : in[row * s.in.pitch + column];
             }
+    } else if (s.kind == PHASES && s.phases == 4 && s.stride_w == 2 && s.width == 2 * s.out_width && s.height == 2 * s.out_height) {
+        for (int64_t y = 0; y < s.height; y++) {  // an even row has the first two phases, an odd row the others
+            const float *from = in + y * s.in.pitch;
+            float *row = out + y % 2 * 2 * s.out.plane + y / 2 * s.out.pitch;
+            for (int64_t x = 0; x < s.out_width; x += LANES) {
+                const uint32_t bits = x + LANES <= s.out_width ? (1u << LANES) - 1 : (1u << (s.out_width - x)) - 1;
+                store_some(row + x, evens(load(from + 2 * x), load(from + 2 * x + LANES)), bits);
+                store_some(row + s.out.plane + x, evens(load(from + 2 * x + 1), load(from + 2 * x + 1 + LANES)), bits);
+            }
+        }
     } else if (s.kind == PHASES) {
         for (int64_t p = 0; p < s.phases; p++) {
             const int64_t a = p / s.stride_w, b = p % s.stride_w;

@@ -18,6 +18,8 @@ LABELS |= {
     build.PHASES: 'phases',
 }
 LARGE = 1 << 40
+NEAR = 40 << 10  # bytes of inputs that stay in the nearest cache; FAR: of any number of channels
+FAR = 1 << 30
 MOST_SPLIT = 1 << 18  # floats of an image's phases
 MOST_BORDER = 3  # a border of zeros is at most so wide; other convolutions copy what they need
 _chosen = {}  # what measuring found before, by geometry and share of non-zero weights
@@ -347,17 +349,18 @@ class Plan:
         if step.kind == build.LINEAR:
             kinds = [{'dense': 0}, {'dense': 1}] if density > 0.15 else [{'dense': 0}]
             return kinds[::-1] if density > 0.5 else kinds
-        rows = {'dense': 0, 'shifted': 0, 'direct': 0, 'vectors': 14, 'block_bytes': 32 << 10}
+        rows = {'dense': 0, 'shifted': 0, 'direct': 0, 'vectors': 14, 'block_bytes': NEAR}
+        direct = rows | {'direct': 1}
         pointwise = step.kernel_h == step.kernel_w == 1
-        found = [rows, rows | {'block_bytes': 96 << 10}]
-        if not pointwise:
-            found += [rows | {'shifted': 1}, rows | {'shifted': 1, 'vectors': 8}]
         values = [self.values[node] for node in (work.node, *work.sources)]
         alike = all(value.pitch == values[0].pitch for value in values)
-        if step.phases:
-            found = [rows | {'direct': 1}, rows | {'direct': 1, 'vectors': 7}]
-        elif not step.mode and keeps_size(step) and alike and values[1].border >= reach(step):
-            found = [rows | {'direct': 1}, rows | {'direct': 1, 'vectors': 7}, *found]
+        found = []
+        if step.phases or not step.mode and keeps_size(step) and alike and values[1].border >= reach(step):
+            found = [direct | {'vectors': vectors} for vectors in (10, 14, 8, 5)] + [direct | {'block_bytes': FAR}]
+        if not pointwise and not step.phases:
+            found += [rows | {'shifted': 1, 'vectors': vectors} for vectors in (14, 8)]
+        if not found or not pointwise and not step.phases:
+            found += [rows, rows | {'block_bytes': 2 * NEAR}]
         if density > 0.25:
             dense = [found[0] | {'dense': 1, 'vectors': 6}, found[0] | {'dense': 1, 'vectors': 4}]
             if not step.phases:
