@@ -25,6 +25,7 @@ from deploy.files import read_published
 from sparse_utils import count_macs
 
 from .published import WEIGHTS, rebuild
+from .rebuild import network_of, rebuild_run
 
 ROUNDS = 5
 SECONDS = 0.3  # of a block
@@ -67,8 +68,15 @@ def place_zeros(model, sparsity, macs, example):
 
 
 def network(name):
-    """(the network in eval mode, an example image)."""
+    """(the network in eval mode, an example image) of a name, a run's folder or a published file."""
     torch.manual_seed(0)
+    if Path(name).is_dir():
+        return rebuild_run(name)
+    if Path(name).is_file():
+        state, about = read_published(name)
+        model, _ = rebuild(state, about)
+        _, shape = network_of(about['args'], about)
+        return model.to(memory_format=torch.contiguous_format), torch.randn(1, *shape)
     if name in PUBLISHED:
         model, _ = rebuild(*read_published(WEIGHTS / 'cifar10_10ep' / f'{name}-s0.pt'))
         return model.to(memory_format=torch.contiguous_format), torch.randn(1, 3, 32, 32)
@@ -116,13 +124,16 @@ def runner(engine, model, images, threads):
         return lambda: request.infer({'input': images.numpy()})
 
 
+def missing():
+    """The engines that are not installed."""
+    packages = {'ONNX Runtime': 'onnxruntime', 'OpenVINO': 'openvino'}
+    return [name for name, own in packages.items() if not all(map(importlib.util.find_spec, (own, 'onnx', 'onnxscript')))]
+
+
 def engines():
     """The engines that are installed; the sparse one last."""
-    found = ['PyTorch', 'channels-last', 'torch.compile']
-    for name, package in (('ONNX Runtime', 'onnxruntime'), ('OpenVINO', 'openvino')):
-        if all(importlib.util.find_spec(module) for module in (package, 'onnx', 'onnxscript')):
-            found.append(name)
-    return [*found, OURS]
+    every = ['PyTorch', 'channels-last', 'torch.compile', 'ONNX Runtime', 'OpenVINO', OURS]
+    return [name for name in every if name not in missing()]
 
 
 @torch.no_grad()
@@ -144,8 +155,11 @@ def work(engine, name, batch, threads):
         print(1000 * statistics.median(times), flush=True)
 
 
-def measure(name, batch, threads, chosen=None, rounds=ROUNDS):
-    """{engine: milliseconds} of a network: the median over the rounds of each block's median."""
+def measure(name, batch, threads, chosen=None, rounds=ROUNDS, failed=None):
+    """{engine: milliseconds} of a network: the median over the rounds of each block's median.
+
+    failed: a list that takes the names of dense engines that cannot run the network; without it they raise RuntimeError.
+    """
     workers, blocks = {}, {}
     try:
         for engine in chosen or engines():
@@ -153,6 +167,10 @@ def measure(name, batch, threads, chosen=None, rounds=ROUNDS):
             pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
             workers[engine] = subprocess.Popen(command, cwd=WEIGHTS.parents[1], stderr=subprocess.DEVNULL, **pipes)
             if _answer(workers[engine]) != 'ready':  # one at a time, so that nothing else is measured or compiled meanwhile
+                if failed is not None and engine not in (OURS, 'PyTorch'):
+                    failed.append(engine)
+                    workers.pop(engine).wait()
+                    continue
                 raise RuntimeError(
                     f'the worker of {engine} ended before it was ready: run it alone to see why: {" ".join(command)}'
                 )
@@ -182,10 +200,9 @@ def bench_sparse(device, repeats, names, say=print, cases=None):
     """The table of `python bench.py sparse`: milliseconds of each engine, and the ratio to the fastest dense one."""
     threads = torch.get_num_threads()
     chosen = engines()
-    missing = [name for name in ('ONNX Runtime', 'OpenVINO') if name not in chosen]
     say(f'\nmilliseconds, {threads} thread(s), float32; each engine in a process of its own')
-    if missing:
-        say(f'  not measured, not installed: {", ".join(missing)}')
+    if missing():
+        say(f'  not measured, not installed: {", ".join(missing())}')
     for name, batch in cases or CASES:
         times = measure(name, batch, threads, chosen)
         dense = {engine: ms for engine, ms in times.items() if engine != OURS}

@@ -52,6 +52,7 @@
 #define DENSE_FILTERS 4
 #define FAR (256 << 10)   // bytes of a layer from which on memory is asked for ahead
 #define AHEAD 1024        // bytes
+#define PATIENCE 2000     // pauses, some twenty microseconds, before a thread without work sleeps
 #define SLACK 256         // floats around every buffer that may be read, never used
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -594,24 +595,6 @@ static void pack_slot(const Step &s, const Conv &c, const Slot &slot, const floa
     const int64_t first = x0 * s.stride_w + slot.column;
     const int64_t left = least(columns, first >= 0 ? 0 : ceil_div(-first, s.stride_w));               // columns before the image
     const int64_t right = most(left, least(columns, first >= s.width ? 0 : (s.width - 1 - first) / s.stride_w + 1));  // first column behind it
-    if (c.bordered) {  // all that a tile's pixels need is there
-        const float *from = in + slot.channel * s.in.plane + (y0 + slot.row) * s.in.pitch + first;
-        const int64_t rows = least(slot.used, s.height + s.in.pitch - s.width - y0 - slot.row);
-        if (c.tile_images == 1) {
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t x = 0; x < c.pitch; x += LANES) *(vec *)(packed + r * c.pitch + x) = load(from + r * s.in.pitch + x);
-            return;
-        }
-        for (int64_t m = 0; m < images; m++, from += s.in.image)
-            for (int64_t r = 0; r < rows; r++) {
-                float *row = packed + r * c.pitch + m * c.tile_columns;
-                if (m * c.tile_columns + 8 <= c.pitch && c.tile_columns <= 8)  // the next image overwrites what is too much
-                    std::memcpy(row, from + r * s.in.pitch, 8 * sizeof(float));
-                else
-                    std::memcpy(row, from + r * s.in.pitch, c.tile_columns * sizeof(float));
-            }
-        return;
-    }
     for (int64_t m = 0; m < images; m++) {
         const float *plane = in + m * s.in.image + slot.channel * s.in.plane;
         for (int64_t r = 0; r < slot.used; r++) {
@@ -636,6 +619,52 @@ static void pack_slot(const Step &s, const Conv &c, const Slot &slot, const floa
             for (int64_t x = 0; x < left; x++) row[x] = 0;
             for (int64_t x = right; x < columns; x++) row[x] = 0;
         }
+    }
+}
+
+// The same for all slots of a block where the input has a border, so that all that a tile's pixels need is there. A row is W vectors,
+// or, with W = 0, c.pitch floats.
+template <int W>
+static void pack_wide(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t y0, int64_t x0, float *packed) {
+    const int64_t limit = s.height + s.in.pitch - s.width - y0;
+    const int64_t wide = W ? W : c.pitch / LANES, apart = s.in.pitch, size = c.slot_size;
+    for (int64_t k = 0; k < count; k++, packed += size) {
+        const float *from = in + slots[k].channel * s.in.plane + (y0 + slots[k].row) * apart + x0 + slots[k].column;
+        const int64_t rows = least(slots[k].used, limit - slots[k].row);
+        float *to = packed;
+        for (int64_t r = 0; r < rows; r++, from += apart)
+            for (int64_t v = 0; v < wide; v++, to += LANES) *(vec *)to = load(from + v * LANES);
+    }
+}
+
+// The same for small images side by side, N floats of each row at a time: the next image overwrites what is too much.
+template <int N>
+static void pack_narrow(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t images, int64_t y0, float *packed) {
+    const int64_t limit = s.height + s.in.pitch - s.width - y0;
+    for (int64_t k = 0; k < count; k++, packed += c.slot_size) {
+        const float *from = in + slots[k].channel * s.in.plane + (y0 + slots[k].row) * s.in.pitch + slots[k].column;
+        const int64_t rows = least(slots[k].used, limit - slots[k].row);
+        for (int64_t m = 0; m < images; m++, from += s.in.image) {
+            float *to = packed + m * c.tile_columns;
+            for (int64_t r = 0; r < rows; r++) std::memcpy(to + r * LANES, from + r * s.in.pitch, N * sizeof(float));
+        }
+    }
+}
+
+static void pack_bordered(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t images, int64_t y0, int64_t x0,
+                          float *packed) {
+    const int64_t left = LANES - (c.tile_images - 1) * c.tile_columns;  // floats for the last image
+    if (c.tile_images == 1) {
+        const auto pack = c.pitch == LANES ? pack_wide<1> : c.pitch == 2 * LANES ? pack_wide<2> : c.pitch == 4 * LANES ? pack_wide<4> : pack_wide<0>;
+        pack(s, c, slots, count, in, y0, x0, packed);
+    } else if (c.tile_columns > 4 && left >= 8) {
+        pack_narrow<8>(s, c, slots, count, in, images, y0, packed);
+    } else if (c.tile_columns > 2 && left >= 4) {
+        pack_narrow<4>(s, c, slots, count, in, images, y0, packed);
+    } else {
+        const auto pack = c.tile_columns == 1 ? pack_narrow<1> : c.tile_columns == 2 ? pack_narrow<2> : c.tile_columns == 3 ? pack_narrow<3> : nullptr;
+        for (int64_t k = 0; k < count && !pack; k++) pack_slot(s, c, slots[k], in, images, y0, x0, packed + k * c.slot_size);
+        if (pack) pack(s, c, slots, count, in, images, y0, packed);
     }
 }
 
@@ -698,6 +727,8 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
             inputs = in + x0;
         } else if (s.mode) {
             pack_tokens(s, c, slots, count, in, x0, packed);
+        } else if (c.bordered) {
+            pack_bordered(s, c, slots, count, in, images, y0, x0, packed);
         } else {
             for (int64_t k = 0; k < count; k++) pack_slot(s, c, slots[k], in, images, y0, x0, packed + k * c.slot_size);
         }
@@ -1022,9 +1053,9 @@ struct Job {
     float **buffers;
     int64_t *nanoseconds;             // of each step, or null
     int64_t threads;
-    std::vector<std::atomic<int64_t>> next;     // task of each step
+    std::vector<std::atomic<int64_t>> next;     // task of each step; empty for one thread
     std::vector<std::atomic<int64_t>> arrived;  // threads that have finished it
-    Job(const Step *s, int64_t n, float **b, int64_t *ns, int64_t t) : steps(s), count(n), buffers(b), nanoseconds(ns), threads(t), next(n), arrived(n) {
+    Job(const Step *s, int64_t n, float **b, int64_t *ns, int64_t t) : steps(s), count(n), buffers(b), nanoseconds(ns), threads(t), next(t > 1 ? n : 0), arrived(next.size()) {
         for (auto &value : next) value = 0;
         for (auto &value : arrived) value = 0;
     }
@@ -1034,7 +1065,8 @@ static void work(Job &job, int64_t thread, Scratch &scratch) {
     for (int64_t i = 0; i < job.count; i++) {
         const Step &s = job.steps[i];
         const int64_t tasks = tasks_of(s);
-        const auto began = std::chrono::steady_clock::now();
+        std::chrono::steady_clock::time_point began;
+        if (job.nanoseconds) began = std::chrono::steady_clock::now();
         if (job.threads == 1) {
             for (int64_t task = 0; task < tasks; task++) do_task(s, job.buffers, task, scratch);
         } else {
@@ -1058,6 +1090,7 @@ struct Team {
     std::condition_variable wake;
     Job *job = nullptr;
     int64_t round = 0, wanted = 0;
+    std::atomic<int64_t> announced{0};  // round, for those that still spin
     std::atomic<int64_t> finished{0};
     std::vector<std::thread> threads;
     pid_t process = getpid();
@@ -1067,6 +1100,7 @@ struct Team {
         int64_t seen = 0;
         for (;;) {
             Job *mine;
+            for (int i = 0; i < PATIENCE && announced.load() == seen; i++) rest();  // the next call often comes at once
             {
                 std::unique_lock<std::mutex> held(lock);
                 wake.wait(held, [&] { return round != seen && (seen = round, number < wanted); });
@@ -1089,6 +1123,7 @@ struct Team {
             wanted = with.threads;
             round++;
         }
+        announced = round;
         wake.notify_all();
         work(with, 0, scratch);
         spin([&] { return finished.load() == with.threads - 1; });

@@ -425,6 +425,10 @@ class Plan:
         inputs = [value.contiguous() for value in inputs]
         if self.single and times is None:
             return self._run_at_once(inputs[0])
+        with torch.no_grad():
+            return self._run_by_segments(inputs, times)
+
+    def _run_by_segments(self, inputs, times):
         for raw, value, count in zip(self.raw, inputs, self.checks, strict=True):
             if not self.kernels.all_finite(value.data_ptr(), count):
                 return None
