@@ -19,6 +19,7 @@
 // into phases (a step of its own): plane (a, b) holds the pixels (y * stride_h + a, x * stride_w + b), and a weight reads one of them shifted.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -29,6 +30,7 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <unistd.h>
@@ -38,7 +40,7 @@
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define TILE_VECTORS 14   // accumulators of a sparse tile; 32 registers
+#define TILE_VECTORS 24   // accumulators of a sparse tile; 32 registers
 #define DENSE_VECTORS 6   // times DENSE_FILTERS accumulators of a dense tile
 #elif defined(__AVX__)
 #define LANES 8
@@ -214,7 +216,7 @@ static inline __attribute__((always_inline)) void add_products(vec *sum, const f
     vec chain[CHAINS][V];
 #pragma GCC unroll 4
     for (int c = 0; c < CHAINS; c++)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; v++) chain[c][v] = c ? vec{} : sum[v];
     int64_t j = 0;
     for (; j + CHAINS <= count; j += CHAINS)
@@ -222,16 +224,16 @@ static inline __attribute__((always_inline)) void add_products(vec *sum, const f
         for (int c = 0; c < CHAINS; c++) {
             const float *x = packed + weights[j + c].offset;
             const vec value = all(weights[j + c].value);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int v = 0; v < V; v++) chain[c][v] += value * load(x + v * LANES);
         }
     for (; CHAINS > 1 && j < count; j++) {
         const float *x = packed + weights[j].offset;
         const vec value = all(weights[j].value);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; v++) chain[0][v] += value * load(x + v * LANES);
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int v = 0; v < V; v++) {
 #pragma GCC unroll 4
         for (int c = 1; c < CHAINS; c++) chain[0][v] += chain[c][v];
@@ -243,10 +245,10 @@ static inline __attribute__((always_inline)) void add_products(vec *sum, const f
 template <int V>
 static void accumulate(float *tile, const float *packed, const Weight *weights, int64_t count) {
     vec sum[V];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int v = 0; v < V; v++) sum[v] = load(tile + v * LANES);
     add_products<V>(sum, packed, weights, count);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int v = 0; v < V; v++) store(tile + v * LANES, sum[v]);
 }
 
@@ -294,36 +296,36 @@ static void run_filters(const Run &r) {
         vec sum[V];
         if (r.first) {
             const vec bias = all(r.bias ? r.bias[f] : 0);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int v = 0; v < V; v++) sum[v] = bias;
         } else {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int v = 0; v < V; v++) sum[v] = *(const vec *)(kept + v * LANES);
         }
         add_products<V>(sum, r.packed, weights, count);
         weights += count;
         if (!r.last) {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int v = 0; v < V; v++) *(vec *)(kept + v * LANES) = sum[v];
             continue;
         }
         if (r.images == 1) {
             if (residual) {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
                 for (int v = 0; v < V; v++) sum[v] += load(residual + r.pieces[v].place);
             }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int v = 0; v < V; v++) store_some(out + r.pieces[v].place, clamp(sum[v], low, high), r.pieces[v].bits);
             continue;
         }
         for (int64_t m = 0; m < r.images && residual; m++) {
             const Piece *const pieces = r.pieces + m * V;
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int v = 0; v < V; v++) sum[v] += load_some(residual + m * r.residual_image + pieces[v].place, pieces[v].bits);
         }
         for (int64_t m = 0; m < r.images; m++) {
             const Piece *const pieces = r.pieces + m * V;
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int v = 0; v < V; v++) store_some(out + m * r.out_image + pieces[v].place, clamp(sum[v], low, high), pieces[v].bits);
         }
     }
@@ -335,49 +337,46 @@ static void accumulate_dense(float *tile, int64_t apart, const float *packed, co
     vec sum[DENSE_FILTERS][V];
 #pragma GCC unroll 4
     for (int f = 0; f < DENSE_FILTERS; f++)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; v++) sum[f][v] = load(tile + f * apart + v * LANES);
     for (int64_t j = 0; j < count; j++) {
         const float *x = packed + offsets[j];
         vec in[V];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; v++) in[v] = load(x + v * LANES);
 #pragma GCC unroll 4
         for (int f = 0; f < DENSE_FILTERS; f++) {
             const vec value = all(values[j * DENSE_FILTERS + f]);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int v = 0; v < V; v++) sum[f][v] += value * in[v];
         }
     }
 #pragma GCC unroll 4
     for (int f = 0; f < DENSE_FILTERS; f++)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; v++) store(tile + f * apart + v * LANES, sum[f][v]);
 }
 
 typedef void (*Accumulate)(float *, const float *, const Weight *, int64_t);
 typedef void (*RunFilters)(const Run &);
 typedef void (*AccumulateDense)(float *, int64_t, const float *, const int32_t *, const float *, int64_t);
-static const Accumulate ACCUMULATE[] = {
-    nullptr, accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>, accumulate<5>, accumulate<6>, accumulate<7>,
-    accumulate<8>, accumulate<9>, accumulate<10>, accumulate<11>, accumulate<12>,
-#if TILE_VECTORS > 12
-    accumulate<13>, accumulate<14>,
-#endif
-};
-static const RunFilters RUN_FILTERS[] = {
-    nullptr, run_filters<1>, run_filters<2>, run_filters<3>, run_filters<4>, run_filters<5>, run_filters<6>, run_filters<7>,
-    run_filters<8>, run_filters<9>, run_filters<10>, run_filters<11>, run_filters<12>,
-#if TILE_VECTORS > 12
-    run_filters<13>, run_filters<14>,
-#endif
-};
-static const AccumulateDense ACCUMULATE_DENSE[] = {
-    nullptr, accumulate_dense<1>, accumulate_dense<2>, accumulate_dense<3>,
-#if DENSE_VECTORS > 3
-    accumulate_dense<4>, accumulate_dense<5>, accumulate_dense<6>,
-#endif
-};
+
+// [number of vectors]
+template <int... V>
+static constexpr std::array<Accumulate, sizeof...(V) + 1> accumulates(std::integer_sequence<int, V...>) {
+    return {nullptr, accumulate<V + 1>...};
+}
+template <int... V>
+static constexpr std::array<RunFilters, sizeof...(V) + 1> runs(std::integer_sequence<int, V...>) {
+    return {nullptr, run_filters<V + 1>...};
+}
+template <int... V>
+static constexpr std::array<AccumulateDense, sizeof...(V) + 1> dense_accumulates(std::integer_sequence<int, V...>) {
+    return {nullptr, accumulate_dense<V + 1>...};
+}
+static constexpr auto ACCUMULATE = accumulates(std::make_integer_sequence<int, TILE_VECTORS>());
+static constexpr auto RUN_FILTERS = runs(std::make_integer_sequence<int, TILE_VECTORS>());
+static constexpr auto ACCUMULATE_DENSE = dense_accumulates(std::make_integer_sequence<int, DENSE_VECTORS>());
 
 // ------------------------------------------------------------------------------------------------------------ a prepared convolution
 
@@ -393,6 +392,7 @@ struct Conv {
     bool flat;
     bool bordered;                                 // the input has a border of zeros as wide as the kernel reads
     int64_t tile_images, tile_rows, tile_columns;  // outputs of a tile; images lie side by side
+    int64_t strips, strip_rows;                    // or strips of one image do, each of so many rows
     int64_t pitch;                                 // floats between two packed rows
     int64_t rows;                                  // packed rows of a slot
     int64_t slot_size;                             // floats of a slot
@@ -426,6 +426,18 @@ static int64_t pitch_of(int64_t n) {
     return round_up(n, LANES);
 }
 
+// Whether run_filters can do a convolution, whatever its tiles.
+static bool can_be_quick(const Step &s) {
+    return !s.dense && !s.mode && s.activation == CLAMP && (s.other.buffer < 0 || s.other.pitch == s.out.pitch);
+}
+
+// Whether the input has a border of zeros as wide as the kernel reads, so that shifted rows are plain copies.
+static bool is_bordered(const Step &s) {
+    const int64_t border = s.in.pitch - s.width;
+    const int64_t reach = most(most(s.pad_h, (s.kernel_h - 1) * s.dilation_h - s.pad_h), most(s.pad_w, (s.kernel_w - 1) * s.dilation_w - s.pad_w));
+    return s.shifted && !s.direct && s.stride_h == 1 && s.stride_w == 1 && border > 0 && border >= reach;
+}
+
 static void choose_tile(const Step &s, Conv &c) {
     const int64_t room = LANES * least(s.vectors, s.dense ? DENSE_VECTORS : TILE_VECTORS);
     const int64_t reach = s.shifted || s.direct ? 0 : (s.kernel_w - 1) * s.dilation_w / s.stride_w;  // columns read beyond the tile's
@@ -434,13 +446,16 @@ static void choose_tile(const Step &s, Conv &c) {
     if (c.tile_columns < s.out_width)  // equal parts
         c.tile_columns = least(c.tile_columns, round_up(ceil_div(s.out_width, ceil_div(s.out_width, c.tile_columns)), LANES));
     c.pitch = pitch_of(c.tile_columns + reach);
-    if (s.shifted && s.images > 1 && s.out_width <= LANES / 2) {  // images side by side in a vector
+    c.strips = 1;
+    if (s.shifted && s.out_width <= LANES / 2) {  // a row of several images, or of several strips of one, fills a vector
         c.tile_images = least(s.images, LANES / s.out_width);
-        c.pitch = LANES;
+        if (s.images == 1 && c.bordered && can_be_quick(s)) c.strips = least(s.out_height, LANES / s.out_width);
+        if (c.tile_images * c.strips > 1) c.pitch = LANES;
     }
-    c.tile_rows = most(1, least(s.out_height, room / c.pitch));
-    c.tile_rows = ceil_div(s.out_height, ceil_div(s.out_height, c.tile_rows));
-    c.vectors = ceil_div((c.tile_rows - 1) * c.pitch + c.tile_images * c.tile_columns, LANES);
+    c.strip_rows = ceil_div(s.out_height, c.strips);
+    c.tile_rows = most(1, least(c.strip_rows, room / c.pitch));
+    c.tile_rows = ceil_div(c.strip_rows, ceil_div(c.strip_rows, c.tile_rows));
+    c.vectors = ceil_div((c.tile_rows - 1) * c.pitch + c.tile_images * c.strips * c.tile_columns, LANES);
     c.rows = c.tile_rows + (s.kernel_h - 1) * s.dilation_h / s.stride_h;
     c.slot_size = round_up(c.rows * c.pitch, LANES);
 }
@@ -476,18 +491,19 @@ static void share_out(const Step &s, Conv &c) {
 
 // Where the vectors of each tile belong, if run_filters can do this convolution: a vector lies within one row of the output.
 static void place_pieces(const Step &s, Conv &c) {
-    const bool alike = s.other.buffer < 0 || s.other.pitch == s.out.pitch;
-    c.quick = !s.dense && !s.mode && s.activation == CLAMP && alike && (c.flat || c.pitch % LANES == 0);
+    c.quick = can_be_quick(s) && (c.flat || c.pitch % LANES == 0);
     if (!c.quick) return;
-    for (int64_t y0 = 0; y0 < s.out_height; y0 += c.tile_rows)
+    const int64_t side = c.tile_images * c.strips;
+    for (int64_t y0 = 0; y0 < c.strip_rows; y0 += c.tile_rows)
         for (int64_t x0 = 0; x0 < s.out_width; x0 += c.tile_columns)
-            for (int64_t m = 0; m < c.tile_images; m++)
+            for (int64_t m = 0; m < side; m++)
                 for (int64_t v = 0; v < c.vectors; v++) {
-                    const int64_t y = c.flat ? 0 : y0 + v * LANES / c.pitch, x = x0 + (c.flat ? v * LANES : v * LANES % c.pitch);
-                    const int64_t first = m * c.tile_columns, end = c.tile_images > 1 ? first + s.out_width : least(s.out_width, x0 + c.tile_columns) - x;
+                    const int64_t row = c.flat ? 0 : y0 + v * LANES / c.pitch, x = x0 + (c.flat ? v * LANES : v * LANES % c.pitch);
+                    const int64_t first = m * c.tile_columns, end = side > 1 ? first + s.out_width : least(s.out_width, x0 + c.tile_columns) - x;
+                    const int64_t y = row + (c.strips > 1 ? m * c.strip_rows : 0);
                     Piece piece = {(int32_t)(c.flat ? x : y * s.out.pitch + x - first), 0};
                     for (int64_t l = first; l < least(LANES, end); l++)
-                        if (y < s.out_height && (!c.flat || !s.mask || s.mask[x + l])) piece.bits |= 1u << l;
+                        if (row < c.strip_rows && y < s.out_height && (!c.flat || !s.mask || s.mask[x + l])) piece.bits |= 1u << l;
                     if (!piece.bits) piece.place = 0;
                     c.pieces.push_back(piece);
                 }
@@ -505,11 +521,9 @@ extern "C" void *conv_prepare(const Step *step) {
         s.height = s.out_height = 1;
     }
     const int64_t planes = most(1, s.phases);  // of a channel
+    c.bordered = !c.flat && is_bordered(s);
     choose_tile(s, c);
-    const int64_t border = s.in.pitch - s.width;
-    const int64_t reach = most(most(s.pad_h, (s.kernel_h - 1) * s.dilation_h - s.pad_h), most(s.pad_w, (s.kernel_w - 1) * s.dilation_w - s.pad_w));
-    const bool steps = s.stride_h > 1 || s.stride_w > 1;
-    c.bordered = s.shifted && !c.flat && !steps && c.pitch % LANES == 0 && border > 0 && border >= reach;
+    c.bordered = c.bordered && c.pitch % LANES == 0;
     const int64_t channels = s.channels / s.groups, filters = s.filters / s.groups, taps = s.kernel_h * s.kernel_w;
     // slots of a channel: one for each row phase, times one for each kernel column (shifted) or column phase
     const int64_t copies = s.shifted ? s.kernel_w : least(s.stride_w, (s.kernel_w - 1) * s.dilation_w + 1);
@@ -637,35 +651,32 @@ static void pack_wide(const Step &s, const Conv &c, const Slot *slots, int64_t c
     }
 }
 
-// The same for small images side by side, N floats of each row at a time: the next image overwrites what is too much.
+// The same for small images, or strips of one, side by side, N floats of each row at a time: the next one overwrites what is too much.
 template <int N>
-static void pack_narrow(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t images, int64_t y0, float *packed) {
+static void pack_narrow(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t side, int64_t y0, float *packed) {
     const int64_t limit = s.height + s.in.pitch - s.width - y0;
+    const int64_t lower = c.strips > 1 ? c.strip_rows : 0, apart = c.strips > 1 ? lower * s.in.pitch : s.in.image;
+    const int64_t floats = N ? N : c.tile_columns;
     for (int64_t k = 0; k < count; k++, packed += c.slot_size) {
         const float *from = in + slots[k].channel * s.in.plane + (y0 + slots[k].row) * s.in.pitch + slots[k].column;
-        const int64_t rows = least(slots[k].used, limit - slots[k].row);
-        for (int64_t m = 0; m < images; m++, from += s.in.image) {
+        for (int64_t m = 0; m < side; m++, from += apart) {
+            const int64_t rows = least(slots[k].used, limit - slots[k].row - m * lower);
             float *to = packed + m * c.tile_columns;
-            for (int64_t r = 0; r < rows; r++) std::memcpy(to + r * LANES, from + r * s.in.pitch, N * sizeof(float));
+            for (int64_t r = 0; r < rows; r++) std::memcpy(to + r * LANES, from + r * s.in.pitch, floats * sizeof(float));
         }
     }
 }
 
-static void pack_bordered(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t images, int64_t y0, int64_t x0,
+static void pack_bordered(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t side, int64_t y0, int64_t x0,
                           float *packed) {
-    const int64_t left = LANES - (c.tile_images - 1) * c.tile_columns;  // floats for the last image
-    if (c.tile_images == 1) {
+    if (c.tile_images * c.strips == 1) {
         const auto pack = c.pitch == LANES ? pack_wide<1> : c.pitch == 2 * LANES ? pack_wide<2> : c.pitch == 4 * LANES ? pack_wide<4> : pack_wide<0>;
         pack(s, c, slots, count, in, y0, x0, packed);
-    } else if (c.tile_columns > 4 && left >= 8) {
-        pack_narrow<8>(s, c, slots, count, in, images, y0, packed);
-    } else if (c.tile_columns > 2 && left >= 4) {
-        pack_narrow<4>(s, c, slots, count, in, images, y0, packed);
-    } else {
-        const auto pack = c.tile_columns == 1 ? pack_narrow<1> : c.tile_columns == 2 ? pack_narrow<2> : c.tile_columns == 3 ? pack_narrow<3> : nullptr;
-        for (int64_t k = 0; k < count && !pack; k++) pack_slot(s, c, slots[k], in, images, y0, x0, packed + k * c.slot_size);
-        if (pack) pack(s, c, slots, count, in, images, y0, packed);
+        return;
     }
+    const int64_t last = LANES - (c.tile_images * c.strips - 1) * c.tile_columns;  // floats that the last one may write
+    const auto pack = c.tile_columns > 4 && last >= 8 ? pack_narrow<8> : c.tile_columns <= 4 && last >= 4 ? pack_narrow<4> : pack_narrow<0>;
+    pack(s, c, slots, count, in, side, y0, packed);
 }
 
 // Packing for a matrix of tokens x channels, a token every `image` floats: packed[x] = in[x0 + x][channel].
@@ -696,7 +707,7 @@ struct Scratch {  // of one thread
 static int64_t conv_tasks(const Step &step) {
     const Conv &c = *(const Conv *)step.prepared;
     const Step &s = c.view;
-    return ceil_div(s.images, c.tile_images) * s.groups * ceil_div(s.out_height, c.tile_rows) * ceil_div(s.out_width, c.tile_columns) *
+    return ceil_div(s.images, c.tile_images) * s.groups * ceil_div(c.strip_rows, c.tile_rows) * ceil_div(s.out_width, c.tile_columns) *
            (c.chunk.size() - 1);
 }
 
@@ -704,7 +715,7 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
     const Conv &c = *(const Conv *)step.prepared;
     const Step &s = c.view;
     const int64_t chunks = c.chunk.size() - 1;
-    const int64_t wide = ceil_div(s.out_width, c.tile_columns), high = ceil_div(s.out_height, c.tile_rows);
+    const int64_t wide = ceil_div(s.out_width, c.tile_columns), high = ceil_div(c.strip_rows, c.tile_rows);
     const int64_t chunk = task % chunks, x0 = task / chunks % wide * c.tile_columns, y0 = task / chunks / wide % high * c.tile_rows;
     const int64_t group = task / chunks / wide / high % s.groups, n0 = task / chunks / wide / high / s.groups * c.tile_images;
     const int64_t images = least(c.tile_images, s.images - n0);
@@ -728,7 +739,7 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
         } else if (s.mode) {
             pack_tokens(s, c, slots, count, in, x0, packed);
         } else if (c.bordered) {
-            pack_bordered(s, c, slots, count, in, images, y0, x0, packed);
+            pack_bordered(s, c, slots, count, in, c.strips > 1 ? c.strips : images, y0, x0, packed);
         } else {
             for (int64_t k = 0; k < count; k++) pack_slot(s, c, slots[k], in, images, y0, x0, packed + k * c.slot_size);
         }
@@ -747,10 +758,10 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
                              out + group * filters * s.out.plane,
                              s.out.plane,
                              s.other.plane,
-                             images,
-                             s.out.image,
-                             s.other.image,
-                             c.pieces.data() + (y0 / c.tile_rows * wide + x0 / c.tile_columns) * c.tile_images * c.vectors,
+                             c.strips > 1 ? c.strips : images,
+                             c.strips > 1 ? 0 : s.out.image,
+                             c.strips > 1 ? 0 : s.other.image,
+                             c.pieces.data() + (y0 / c.tile_rows * wide + x0 / c.tile_columns) * c.tile_images * c.strips * c.vectors,
                              (float)s.low,
                              (float)s.high};
             RUN_FILTERS[vectors](run);

@@ -356,9 +356,10 @@ class Plan:
         alike = all(value.pitch == values[0].pitch for value in values)
         found = []
         if step.phases or not step.mode and keeps_size(step) and alike and values[1].border >= reach(step):
-            found = [direct | {'vectors': vectors} for vectors in (10, 14, 8, 5)] + [direct | {'block_bytes': FAR}]
+            found = [direct | {'vectors': vectors} for vectors in (10, 14, 24, 8, 5)]
+            found += [direct | {'vectors': vectors, 'block_bytes': FAR} for vectors in (14, 24)]
         if not pointwise and not step.phases:
-            found += [rows | {'shifted': 1, 'vectors': vectors} for vectors in (14, 8)]
+            found += [rows | {'shifted': 1, 'vectors': vectors} for vectors in (24, 14, 8)]
         if not found or not pointwise and not step.phases:
             found += [rows, rows | {'block_bytes': 2 * NEAR}]
         if density > 0.25:
