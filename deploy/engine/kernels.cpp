@@ -780,6 +780,8 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
             } else if ((f - from) % DENSE_FILTERS == DENSE_FILTERS - 1 || f == to - 1) {
                 const int64_t four = f - (f - from) % DENSE_FILTERS;
                 const int64_t offset = c.offset_start[index];
+                for (int64_t d = four; d <= f && c.far && c.flat; d++)  // needed when the sums are ready
+                    for (int64_t x = 0; x < columns; x += LANES) __builtin_prefetch(out + (group * filters + d) * s.out.plane + x0 + x, 1);
                 ACCUMULATE_DENSE[vectors](sums + (four - from) % many * tile, tile, inputs, c.offsets.data() + offset,
                                             c.values.data() + c.start[index * filters + four], c.offset_start[index + 1] - offset);
             }

@@ -359,7 +359,7 @@ class Plan:
             found = [direct | {'vectors': vectors} for vectors in (10, 14, 24, 8, 5)]
             found += [direct | {'vectors': vectors, 'block_bytes': FAR} for vectors in (14, 24)]
         if not pointwise and not step.phases:
-            found += [rows | {'shifted': 1, 'vectors': vectors} for vectors in (24, 14, 8)]
+            found += [rows | {'shifted': 1, 'vectors': vectors} for vectors in (18, 14, 8)]
         if not found or not pointwise and not step.phases:
             found += [rows, rows | {'block_bytes': 2 * NEAR}]
         if density > 0.25:
