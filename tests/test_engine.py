@@ -284,7 +284,7 @@ def test_network_that_torch_export_refuses_runs_in_pytorch():
 
     network = compiled(Branching(), torch.ones(2, 3))
     assert torch.equal(network(torch.ones(2, 3)), torch.full([2, 3], 2.0))
-    assert 'torch.export cannot read Branching' in network.report()[0]['kernel']
+    assert 'torch.export cannot trace Branching' in network.report()[0]['kernel']
 
 
 def test_later_changes_of_the_model_do_not_show():
