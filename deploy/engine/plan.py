@@ -6,7 +6,8 @@ import time
 import torch
 
 from . import build
-from .lower import Lowering, Work
+from .lower import Lowering
+from .work import Work
 
 PREPARED = {build.CONV: 'conv', build.LINEAR: 'linear'}
 LABELS = {build.LINEAR: 'linear', build.MAX_POOL: 'max pool', build.AVERAGE_POOL: 'average pool', build.MEAN: 'mean'}
