@@ -17,7 +17,9 @@ from torch import nn
 
 import archs
 from deploy import sparse_compile, write_c
-from deploy.engine import SparseNetwork, build, plan, reference
+from deploy.engine import SparseNetwork, build, reference
+from deploy.engine import choices as engine_choices
+from deploy.engine.memory import Value, mask_of, view
 
 KERNELS = {
     'rows': {},
@@ -103,6 +105,53 @@ def test_convolution_is_the_plain_loop(geometry, kernels):
     for name, choices in KERNELS.items():
         found = run_convolution(image, weight, bias, residual, geometry, kernels, **choices)
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1), name
+
+
+BORDERED = {
+    'direct': {'direct': 1},
+    'direct, three vectors, blocks': {'direct': 1, 'vectors': 3, 'block_bytes': 1},
+    'direct, dense': {'direct': 1, 'dense': 1, 'vectors': 6},
+    'shifted': {'shifted': 1, 'vectors': 24},
+    'shifted, two vectors, blocks': {'shifted': 1, 'vectors': 2, 'block_bytes': 1},
+    'shifted, chunks': {'shifted': 1, 'vectors': 8, 'chunks': 3},
+    'shifted, dense': {'shifted': 1, 'dense': 1, 'vectors': 6},
+}
+
+
+@pytest.mark.parametrize('images', [1, 2, 5])
+@pytest.mark.parametrize('size', [(1, 2), (4, 4), (5, 5), (7, 7), (9, 8), (14, 14), (16, 16), (5, 37), (20, 64)], ids=str)
+def test_convolution_with_a_border_of_zeros(images, size, kernels):
+    """Tiles that lie in the plane, strips of one image and several images side by side; what lies around stays as it was."""
+    torch.manual_seed(0)
+    image, weight, bias = torch.randn(images, 3, *size), torch.randn(5, 3, 3, 3), torch.randn(5)
+    weight *= torch.rand(weight.shape) < 0.4
+    residual = torch.randn(images, 5, *size)
+    expected = (reference.convolution(image, weight, bias, (1, 1), (1, 1), (1, 1), 1) + residual).clamp(min=0)
+    step = build.Step(kind=build.CONV, low=0.0, high=math.inf, images=images, channels=3, filters=5, groups=1, chunks=1)
+    for name, fixed in {'height': size[0], 'width': size[1], 'kernel': 3, 'stride': 1, 'pad': 1, 'dilation': 1}.items():
+        for field in [name, f'out_{name}'] if name in ('height', 'width') else [f'{name}_h', f'{name}_w']:
+            setattr(step, field, fixed)
+    values = [Value(tensor.shape, 2) for tensor in (image, residual, residual)]
+    for number, value in enumerate(values):
+        value.buffer = number
+    held = [torch.zeros(images * value.size + 2 * build.SLACK + 8 * value.pitch) for value in values]
+    starts = [build.SLACK + 4 * value.pitch for value in values]
+    for tensor, value in ((image, values[0]), (residual, values[2])):
+        view(value, held, starts).copy_(tensor)
+    step.source, step.target, step.other = (build.Place(*value.place()) for value in values)
+    mask = mask_of(values[1])
+    step.mask, step.weight, step.bias = mask.data_ptr(), weight.data_ptr(), bias.data_ptr()
+    pointers = (ctypes.c_void_p * 3)(*(memory.data_ptr() + 4 * start for memory, start in zip(held, starts, strict=True)))
+    for name, settings in BORDERED.items():
+        for field, value in ({'direct': 0, 'shifted': 0, 'dense': 0, 'vectors': 14, 'block_bytes': 1 << 15} | settings).items():
+            setattr(step, field, value)
+        held[1].zero_()
+        step.prepared = kernels.conv_prepare(ctypes.byref(step))
+        assert kernels.engine_run(ctypes.byref(step), 1, pointers, step.chunks, None, None, 0) == 0
+        kernels.conv_free(step.prepared)
+        found = view(values[1], held, starts)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+        assert held[1].count_nonzero() == found.count_nonzero(), f'{name}: written into the border'
 
 
 def test_convolution_spelled_out():
@@ -340,7 +389,7 @@ def test_measured_choices_give_the_same_outputs():
     model = sparse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(800, 10)), 0.6)
     network = sparse_compile(model, torch.randn(1, 3, 12, 12), threads=1)
     assert_equal(network, model, torch.randn(1, 3, 12, 12))
-    assert plan._chosen
+    assert engine_choices._chosen
 
 
 def run_c(path, image, shape):

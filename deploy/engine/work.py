@@ -19,3 +19,13 @@ class Work:
     maps: list = field(default_factory=list)
     shape: object = None  # of the result
     parts: bool = False  # concatenation: a copy of each source into its slice
+
+
+class Made:
+    """Stands for a value that is no node of the graph."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __str__(self):
+        return self.name
