@@ -46,6 +46,10 @@
 #define LANES 8
 #define TILE_VECTORS 12
 #define DENSE_VECTORS 3
+#elif defined(__aarch64__)
+#define LANES 4
+#define TILE_VECTORS 24
+#define DENSE_VECTORS 6
 #else
 #define LANES 4
 #define TILE_VECTORS 14
