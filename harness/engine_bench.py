@@ -21,6 +21,7 @@ from torch import nn
 
 import archs
 from deploy import sparse_compile, write_onnx
+from deploy.engine import build
 from deploy.files import read_published
 from sparse_utils import count_macs
 
@@ -39,6 +40,10 @@ PUBLISHED = {
 PLACED = {'resnet50-90-764': (0.90, 764), 'resnet50-95-436': (0.95, 436), 'resnet50-98-220': (0.98, 220)}
 PLACED |= {'resnet50-90-397': (0.90, 397), 'resnet50-98-116': (0.98, 116)}
 RANDOM = {'vgg16': 0.95, 'mobilenet_v1': 0.95, 'wrn16_8': 0.95, 'densenet': 0.95}
+# channels, filters, height and width, kernel: the layers whose share of the machine's peak is measured
+SHAPES = [(16, 16, 32, 3), (64, 64, 8, 3), (128, 128, 28, 3), (256, 256, 14, 3), (256, 64, 56, 1), (64, 256, 56, 1)]
+SHAPES += [(512, 128, 28, 1), (1024, 256, 14, 1), (256, 1024, 14, 1), (512, 512, 7, 3), (2048, 512, 7, 1)]
+SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 CASES = [(name, batch) for batch in (1, 16) for name in PUBLISHED] + [(name, 1) for name in (*PLACED, *RANDOM)]
 
 
@@ -194,6 +199,44 @@ def _answer(worker):
         if text == 'ready' or text.replace('.', '', 1).replace('e-', '', 1).isdigit():
             return text
     return None
+
+
+@torch.no_grad()
+def share_of_peak(channels, filters, size, kernel, sparsity):
+    """Multiply-accumulates a second with the non-zero weights of one layer, zeros at random, by those that registers allow.
+
+    None where PyTorch is faster, so that the engine leaves all to it.
+    """
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, filters, kernel, padding=kernel // 2)
+    conv.weight *= torch.rand_like(conv.weight) > sparsity
+    image = torch.randn(1, channels, size, size)
+    after = nn.Conv2d(filters, filters, 3, padding=1, groups=filters)  # planes lie as in a network with 3x3 convolutions
+    network = sparse_compile(nn.Sequential(conv, nn.ReLU(), after, nn.AdaptiveAvgPool2d(1)), image, 1)
+    if any('PyTorch' in record['kernel'] for record in network.report()):
+        return None
+    milliseconds = min(network.report(image)[1]['ms'] for _ in range(5))  # after the copy of the input
+    return int(conv.weight.count_nonzero()) * size * size / milliseconds / 1e6 / peak()
+
+
+def peak():
+    """Billions of multiply-accumulates a second of one thread whose numbers stay in registers."""
+    kernels = build.library()
+    numbers = torch.full([kernels.lanes()], 0.5)
+    rounds = 100_000
+    return rounds * 64 * kernels.lanes() / min(kernels.peak(rounds, numbers.data_ptr()) for _ in range(5))
+
+
+def bench_layers(say=print, shapes=SHAPES):
+    """The shares of single layers, one thread."""
+    say(f'\nnon-zero multiply-accumulates of one layer, batch 1, one thread, as a share of the peak of {peak():.0f} GMAC/s')
+    for channels, filters, size, kernel in shapes:
+        shares = [share_of_peak(channels, filters, size, kernel, sparsity) for sparsity in SPARSITIES]
+        row = '  '.join(
+            f'{sparsity:.0%} {"dense" if share is None else f"{share:.2f}"}'
+            for sparsity, share in zip(SPARSITIES, shares, strict=True)
+        )
+        say(f'  {channels}->{filters}, {size}x{size}, {kernel}x{kernel}: {row}')
 
 
 def bench_sparse(device, repeats, names, say=print, cases=None):
