@@ -44,7 +44,7 @@ def compile_run(args, device):
     finally:
         torch.set_num_threads(before)
     zeros, weights = totals(count_zeros(model, run['pthres']))
-    result |= {'zeros': zeros, 'weights': weights, 'sparse_on': f'{args.threads} threads of the CPU'}
+    result |= {'zeros': zeros, 'weights': weights, 'sparse_on': measured_on(args.threads)}
     failed = []
     engines = {batch: engine_bench.measure(str(folder), batch, args.threads, failed=failed) for batch in BATCHES}
     result |= in_tables(engines)
@@ -73,6 +73,10 @@ def report(result, dataset, count):
         say(f'not measured, as not installed or not able to run this network: {", ".join(result["not_measured"])}')
 
 
+def measured_on(threads):
+    return f'{threads} threads of the CPU, torch {torch.__version__}'
+
+
 def in_tables(engines):
     """{batch: {engine: ms}} -> what a line of results/runs.jsonl holds."""
     return {f'{ENGINES[name]}_ms_{batch}': round(engines[batch][name], 4) for batch in engines for name in ENGINES}
@@ -88,7 +92,7 @@ def measure_recorded(names, threads):
             if entry['status'] != 'finished' or not tables.has_single_zeros(entry) or not path.exists():
                 continue
             engines = {batch: engine_bench.measure(str(path), batch, threads, list(ENGINES)) for batch in BATCHES}
-            entry |= in_tables(engines) | {'sparse_on': f'{threads} threads of the CPU'}
+            entry |= in_tables(engines) | {'sparse_on': measured_on(threads)}
             say(f'{name} {row}, seed {seed}: {in_tables(engines)}')
             measured += 1
     lines = [json.dumps(entry) + '\n' for results in recorded.values() for entry in results.values()]

@@ -137,6 +137,8 @@ def render(path, results, sizes=None):
         origins += [f'{run["device"]}, torch {run["torch"]}, commit {run["commit"]}' for run in finished]
     text = markdown(list(columns), lines)
     notes = [f'- {origin}: {origins.count(origin)} of {len(origins)} runs\n' for origin in sorted(set(origins))]
+    timed = [run['sparse_on'] for _, runs in rows for run in finished_of(runs) if 'sparse_on' in run]
+    notes += [f'- sparse engine and PyTorch beside it, {where}: {timed.count(where)} runs\n' for where in sorted(set(timed))]
     return text + ('\n' + ''.join(notes) if notes else '')
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from helpers import run_main
 
+import bench
 import main as program
 from harness import engine_bench, launch, sparse_run
 from harness import table as tables
@@ -82,6 +83,15 @@ def test_recorded_rows_are_timed_from_published_files(run, measured, tmp_path, m
     assert measured == [(str(tmp_path / 'digits' / 'published-s0.pt'), batch, 2) for batch in (1, 32)]
     recorded = tables.recorded()['digits']
     assert recorded['published', 0]['sparse_ms_1'] == 0.5 and 'sparse_ms_1' not in recorded['not published', 0]
+
+
+def test_the_page_keeps_other_numbers_of_threads(tmp_path):
+    page = tmp_path / 'sparse.md'
+    for lines in (['CPU, 2 threads', 'old'], ['CPU, 1 threads', 'one'], ['CPU, 2 threads', 'new']):
+        bench.record(page, 'sparse', lines)
+    assert page.read_text().endswith('\n\n```\nCPU, 1 threads\none\n```\n\n```\nCPU, 2 threads\nnew\n```\n')
+    bench.record(page, 'step', ['CPU, 1 threads', 'x'])
+    assert page.read_text() == '# Speed: step\n\nMade by `python bench.py step --record`.\n\n```\nCPU, 1 threads\nx\n```\n'
 
 
 def test_requests_that_cannot_be_met(tmp_path, capsys):

@@ -15,8 +15,14 @@
 //     tile[0 .. size) += value * packed[offset .. offset + size)
 // runs in vector registers, for all weights of a filter in that block. Stride, dilation, padding and groups exist in the packing alone.
 // Where input and output have the same size and border nothing needs to be packed ("direct"): a weight reads the input shifted, and a tile
-// is a stretch of the plane, with the border's columns in it; these are set to zero again by a mask. With strides the input is first split
-// into phases (a step of its own): plane (a, b) holds the pixels (y * stride_h + a, x * stride_w + b), and a weight reads one of them shifted.
+// is a stretch of the plane, of which only the pixels are stored. With strides the input is first split into phases (a step of its own):
+// plane (a, b) holds the pixels (y * stride_h + a, x * stride_w + b), and a weight reads one of them shifted.
+//
+// What costs time is loading: a multiply-add needs one vector, and of two that a core can load in a cycle one that crosses a cache line takes
+// both. So the packing may copy each row once for every column of the kernel ("shifted"), after which all loads are aligned; a block is as
+// many channels as leave the inputs of a tile in the first cache, and all filters go over a block before the next; rows of small images lie
+// side by side in a vector, several images or several strips of one. Weights lie in the order of use, filters with equally many of them
+// one after the other, and what lies far away, outputs and weights of large layers, is asked for ahead.
 
 #include <algorithm>
 #include <array>
@@ -126,7 +132,7 @@ struct Tensor {
     int64_t pitch;   // between two rows
 };
 
-struct Step {  // mirrored by plan.py, all members 8 bytes wide
+struct Step {  // mirrored by build.py, all members 8 bytes wide
     int64_t kind;
     Tensor in, out, other;
     int64_t images, channels, height, width, filters, out_height, out_width;
@@ -138,7 +144,7 @@ struct Step {  // mirrored by plan.py, all members 8 bytes wide
     const float *bias;       // of each filter or channel, or null
     const int32_t *mask;     // for a plane with a border: -1 at its pixels, 0 in the border, as long as its rows; null without border
     const int32_t *rows, *columns;  // PAD: the input row and column of each output row and column, -1: fill with low
-    // choices, measured by plan.py
+    // choices, measured by choices.py
     int64_t dense;           // 1: multiply by zeros too
     int64_t shifted;         // 1: a copy of each row for every kernel column, so that loads are aligned
     int64_t direct;          // 1: nothing is packed
