@@ -5,7 +5,7 @@ blocks of calls are timed in turn: all engines, ROUNDS rounds, median of the med
 answer, one at a time.
 
 python bench.py sparse                              the table
-python -m harness.engine_bench ENGINE NETWORK BATCH THREADS      a worker: answers a line on standard input by milliseconds
+python -m harness.engine_bench ENGINE FILE BATCH THREADS      a worker: answers a line on standard input by milliseconds
 """
 
 import importlib.util
@@ -142,10 +142,10 @@ def engines():
 
 
 @torch.no_grad()
-def work(engine, name, batch, threads):
-    """A worker: build the network, say so, then time a block of calls for each line on standard input."""
+def work(engine, path, batch, threads):
+    """A worker: load the network that measure() saved, say so, then time a block of calls for each line on standard input."""
     torch.set_num_threads(threads)
-    model, example = network(name)
+    model, example = torch.load(path, weights_only=False)
     run = runner(engine, model, example.repeat(batch, 1, 1, 1), threads)
     for _ in range(3):
         run()
@@ -166,9 +166,12 @@ def measure(name, batch, threads, chosen=None, rounds=ROUNDS, failed=None):
     failed: a list that takes the names of dense engines that cannot run the network; without it they raise RuntimeError.
     """
     workers, blocks = {}, {}
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name, 'network.pt')  # built once, and the same for all
+    torch.save(network(name), path)
     try:
         for engine in chosen or engines():
-            command = [sys.executable, '-m', 'harness.engine_bench', engine, name, str(batch), str(threads)]
+            command = [sys.executable, '-m', 'harness.engine_bench', engine, str(path), str(batch), str(threads)]
             pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
             workers[engine] = subprocess.Popen(command, cwd=WEIGHTS.parents[1], stderr=subprocess.DEVNULL, **pipes)
             if _answer(workers[engine]) != 'ready':  # one at a time, so that nothing else is measured or compiled meanwhile
@@ -189,6 +192,7 @@ def measure(name, batch, threads, chosen=None, rounds=ROUNDS, failed=None):
         for worker in workers.values():
             worker.kill()
             worker.wait()
+        folder.cleanup()
     return {engine: statistics.median(values) for engine, values in blocks.items()}
 
 
