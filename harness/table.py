@@ -246,7 +246,7 @@ def milliseconds(runs, batch, fast='small', dense='dense'):
     if not finished or not all(f'{fast}_ms_{batch}' in run for run in finished):
         return ''
     ours, theirs = (mean(run[f'{name}_ms_{batch}'] for run in finished) for name in (fast, dense))
-    return f'{ours:.2f} ({theirs:.2f})'
+    return f'{ours:.{3 if ours < 0.1 else 2}f} ({theirs:.2f})'
 
 
 # -------------------------------------------------------------------------------------------------------- published figures
