@@ -21,6 +21,7 @@ from methods._flags import PLACE, count, fraction, nonnegative, positive, share
 COMMANDS = {  # flags that train nothing, and what they do
     'publish': 'Write the weights of a finished run into a small file that anybody can check.',
     'evaluate': 'Check what a file of weights says, or evaluate a packed or shrunk network.',
+    'sparse-compile': 'Time the zeros of a finished run on the CPU, beside dense engines: sparse.json in its folder.',
     'shrink': 'Make a smaller network of what a finished run has pruned: small.pt and small.json in its folder.',
 }
 TABLE_KEYS = ['title', 'times', 'summary', 'defaults', 'seeds', 'rows']
@@ -233,7 +234,7 @@ def command_of(argv):
 
 
 def parse_command(command, argv):
-    """`--publish RUN`, `--evaluate FILE` or `--shrink RUN` with their few flags -> Namespace with `command`."""
+    """`--publish RUN` or another of COMMANDS with its few flags -> Namespace with `command`."""
     parser = Parser(prog='main.py', description=COMMANDS[command], allow_abbrev=False)
     add = parser.add_argument
     shown = ' (default: %(default)s)'
@@ -247,6 +248,10 @@ def parse_command(command, argv):
         add('--torchscript', action='store_true', help='also write small.ts, deprecated by PyTorch')
         add('--threads', type=positive, default=2, help='of the CPU, for the measurement' + shown)
         return parser.parse_args(argv, argparse.Namespace(command=command, device='cpu', gpu=0, no_cuda=True))
+    if command == 'sparse-compile':
+        add('--threads', type=positive, default=2, help='of the CPU' + shown)
+        place_flags(add)
+        return parser.parse_args([*argv, '--no-cuda'], argparse.Namespace(command=command))
     if command == 'evaluate':
         add('--dataset', choices=list(data.DATASETS), help='(default: the one the file was trained on)')
         ours = "normalisation of a network that lies in no run folder (default: the dataset's)"

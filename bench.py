@@ -247,6 +247,8 @@ def bench_memory(device, repeats, names):
 
 def bench_sparse(device, repeats, names):
     engine_bench.bench_sparse(device, repeats, names, say=say)
+    if torch.get_num_threads() == 1:
+        engine_bench.bench_layers(say=say)
 
 
 def training_methods():
@@ -257,6 +259,15 @@ def training_methods():
 
 BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp, 'criteria': bench_criteria}
 BENCHES |= {'pack': bench_pack, 'memory': bench_memory, 'sparse': bench_sparse}
+
+
+def record(page, name, lines):
+    """Write what was printed; the page of the sparse engine keeps what it has of other numbers of threads."""
+    kept = page.read_text().split('```\n')[1::2] if name == 'sparse' and page.exists() else []
+    blocks = [block for block in kept if block.splitlines()[0] != lines[0]] + ['\n'.join(lines) + '\n']
+    made = f'Made by `python bench.py {name} --record`' + (', with `--threads 1` and `--threads 2`' if name == 'sparse' else '')
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(f'# Speed: {name}\n\n{made}.\n\n' + '\n'.join(f'```\n{block}```\n' for block in sorted(blocks)))
 
 
 def main():
@@ -276,11 +287,7 @@ def main():
         say(f'{hardware(options.device)}, torch {torch.__version__}')
         BENCHES[name](options.device, options.repeats, options.methods)
         if options.record:
-            page = Path(__file__).parent / 'results' / 'bench' / f'{name}.md'
-            page.parent.mkdir(exist_ok=True)
-            page.write_text(
-                f'# Speed: {name}\n\nMade by `python bench.py {name} --record`.\n\n```\n' + '\n'.join(LINES) + '\n```\n'
-            )
+            record(Path(__file__).parent / 'results' / 'bench' / f'{name}.md', name, LINES)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@
 python main.py --model=resnet20 --ptarget=0.99                  Feather on CIFAR-100, as its paper's repository runs it
 python main.py --method dense --dataset digits --epochs 15      the dense control, on data that needs no download
 python main.py --config configs/quickstart.yaml --row feather-90
-python main.py --shrink RUN, --publish RUN, --evaluate FILE     what is done with a finished run; with --help after it, more
+python main.py --shrink RUN, --sparse-compile RUN, --publish RUN, --evaluate FILE     with a finished run; --help after it
 """
 
 import contextlib

@@ -32,7 +32,7 @@ class Program(NamedTuple):
 
     nodes: fx nodes of ATen operations, in the order of execution. names: {placeholder node: dotted name of its parameter or
     buffer}. tensors: {dotted name: tensor}, parameters, buffers and constants. aliases: {dotted name: all names of the same
-    tensor}. model: the copy that was exported, in eval mode. specs: how inputs and outputs nest, as torch's pytree says it.
+    tensor}. model: the copy that was exported, in eval mode. exported: what torch.export gave.
     """
 
     nodes: list
@@ -40,7 +40,7 @@ class Program(NamedTuple):
     tensors: dict
     aliases: dict
     model: nn.Module
-    specs: tuple
+    exported: object
 
 
 def unwrapped(model):
@@ -117,8 +117,7 @@ def read_program(model, example_input, free_batch=False, training=False):
     first = {name: names[0] for names in owners.values() for name in names}
     names = {node: first.get(found[node.name], found[node.name]) for node in exported.graph.nodes if node.name in found}
     aliases = {names[0]: names for names in owners.values()}
-    specs = exported.call_spec.in_spec, exported.call_spec.out_spec
-    return Program(list(exported.graph.nodes), names, tensors, aliases, model, specs)
+    return Program(list(exported.graph.nodes), names, tensors, aliases, model, exported)
 
 
 def export(model, args, kwargs, shapes):
@@ -136,10 +135,12 @@ def _free(value):
 
 
 def _named(model, args, kwargs):
-    """dynamic_shapes wants the positional arguments as a tuple, or all of them by name."""
+    """dynamic_shapes wants the positional arguments as a tuple, those of *args as one of them, or all of them by name."""
+    parameters = inspect.signature(model.forward).parameters
     if not kwargs:
-        return args
-    names = list(inspect.signature(model.forward).parameters)
+        first = next(iter(parameters.values()), None)
+        return (args,) if first is not None and first.kind == first.VAR_POSITIONAL else args
+    names = list(parameters)
     return dict(zip(names, args, strict=False)) | kwargs
 
 

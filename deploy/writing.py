@@ -197,7 +197,7 @@ class _Writer(Sketch):
 
     def placeholders(self):
         """Yields the nodes of the tensors in the order of the program; those that an argument nests are taken out of it."""
-        args, kwargs = self.network.program.specs[0].unflatten(_inputs(self.network.program))
+        args, kwargs = self.network.program.exported.call_spec.in_spec.unflatten(_inputs(self.network.program))
         names = _names_of(self.network.program.model, args, kwargs)
         values = dict(zip(names, [*args, *kwargs.values()], strict=True))
         left_out = [name for name in kwargs if kwargs[name] is None]  # by name, so the order is free: these may stay away
@@ -220,7 +220,7 @@ class _Writer(Sketch):
     def outputs(self, node):
         """What the network returns, as it nests it; classes of its own become dicts, tuples and lists."""
         values = [self.natural(value) if isinstance(value, fx.Node) else value for value in node.args[0]]
-        return _plain(pytree.tree_unflatten(values, self.network.program.specs[1]))
+        return _plain(pytree.tree_unflatten(values, self.network.program.exported.call_spec.out_spec))
 
     # -- what is written
 

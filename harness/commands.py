@@ -1,8 +1,8 @@
-"""The commands of main.py that train nothing: --publish RUN, --evaluate FILE, --shrink RUN."""
+"""The commands of main.py that train nothing: --publish RUN, --evaluate FILE, --shrink RUN, --sparse-compile RUN."""
 
 import sys
 
-from . import published, shrunk
+from . import published, shrunk, sparse_run
 
 
 def carry_out(args, device):
@@ -11,5 +11,7 @@ def carry_out(args, device):
         published.publish(args.publish, args.to)
     elif args.command == 'shrink':
         shrunk.shrink_run(args.shrink, args.round_to, args.pt2, args.onnx, args.torchscript, args.threads)
+    elif args.command == 'sparse-compile':
+        sparse_run.compile_run(args, device)
     elif not published.evaluate(args, device):
         sys.exit(1)

@@ -5,7 +5,7 @@ blocks of calls are timed in turn: all engines, ROUNDS rounds, median of the med
 answer, one at a time.
 
 python bench.py sparse                              the table
-python -m harness.engine_bench ENGINE NETWORK BATCH THREADS      a worker: answers a line on standard input by milliseconds
+python -m harness.engine_bench ENGINE FILE BATCH THREADS      a worker: answers a line on standard input by milliseconds
 """
 
 import importlib.util
@@ -21,10 +21,12 @@ from torch import nn
 
 import archs
 from deploy import sparse_compile, write_onnx
+from deploy.engine import build
 from deploy.files import read_published
 from sparse_utils import count_macs
 
 from .published import WEIGHTS, rebuild
+from .rebuild import network_of, rebuild_run
 
 ROUNDS = 5
 SECONDS = 0.3  # of a block
@@ -38,6 +40,10 @@ PUBLISHED = {
 PLACED = {'resnet50-90-764': (0.90, 764), 'resnet50-95-436': (0.95, 436), 'resnet50-98-220': (0.98, 220)}
 PLACED |= {'resnet50-90-397': (0.90, 397), 'resnet50-98-116': (0.98, 116)}
 RANDOM = {'vgg16': 0.95, 'mobilenet_v1': 0.95, 'wrn16_8': 0.95, 'densenet': 0.95}
+# channels, filters, height and width, kernel: the layers whose share of the machine's peak is measured
+SHAPES = [(16, 16, 32, 3), (64, 64, 8, 3), (128, 128, 28, 3), (256, 256, 14, 3), (256, 64, 56, 1), (64, 256, 56, 1)]
+SHAPES += [(512, 128, 28, 1), (1024, 256, 14, 1), (256, 1024, 14, 1), (512, 512, 7, 3), (2048, 512, 7, 1)]
+SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 CASES = [(name, batch) for batch in (1, 16) for name in PUBLISHED] + [(name, 1) for name in (*PLACED, *RANDOM)]
 
 
@@ -67,8 +73,15 @@ def place_zeros(model, sparsity, macs, example):
 
 
 def network(name):
-    """(the network in eval mode, an example image)."""
+    """(the network in eval mode, an example image) of a name, a run's folder or a published file."""
     torch.manual_seed(0)
+    if Path(name).is_dir():
+        return rebuild_run(name)
+    if Path(name).is_file():
+        state, about = read_published(name)
+        model, _ = rebuild(state, about)
+        _, shape = network_of(about['args'], about)
+        return model.to(memory_format=torch.contiguous_format), torch.randn(1, *shape)
     if name in PUBLISHED:
         model, _ = rebuild(*read_published(WEIGHTS / 'cifar10_10ep' / f'{name}-s0.pt'))
         return model.to(memory_format=torch.contiguous_format), torch.randn(1, 3, 32, 32)
@@ -116,20 +129,23 @@ def runner(engine, model, images, threads):
         return lambda: request.infer({'input': images.numpy()})
 
 
+def missing():
+    """The engines that are not installed."""
+    packages = {'ONNX Runtime': 'onnxruntime', 'OpenVINO': 'openvino'}
+    return [name for name, own in packages.items() if not all(map(importlib.util.find_spec, (own, 'onnx', 'onnxscript')))]
+
+
 def engines():
     """The engines that are installed; the sparse one last."""
-    found = ['PyTorch', 'channels-last', 'torch.compile']
-    for name, package in (('ONNX Runtime', 'onnxruntime'), ('OpenVINO', 'openvino')):
-        if all(importlib.util.find_spec(module) for module in (package, 'onnx', 'onnxscript')):
-            found.append(name)
-    return [*found, OURS]
+    every = ['PyTorch', 'channels-last', 'torch.compile', 'ONNX Runtime', 'OpenVINO', OURS]
+    return [name for name in every if name not in missing()]
 
 
 @torch.no_grad()
-def work(engine, name, batch, threads):
-    """A worker: build the network, say so, then time a block of calls for each line on standard input."""
+def work(engine, path, batch, threads):
+    """A worker: load the network that measure() saved, say so, then time a block of calls for each line on standard input."""
     torch.set_num_threads(threads)
-    model, example = network(name)
+    model, example = torch.load(path, weights_only=False)
     run = runner(engine, model, example.repeat(batch, 1, 1, 1), threads)
     for _ in range(3):
         run()
@@ -144,15 +160,25 @@ def work(engine, name, batch, threads):
         print(1000 * statistics.median(times), flush=True)
 
 
-def measure(name, batch, threads, chosen=None, rounds=ROUNDS):
-    """{engine: milliseconds} of a network: the median over the rounds of each block's median."""
+def measure(name, batch, threads, chosen=None, rounds=ROUNDS, failed=None):
+    """{engine: milliseconds} of a network: the median over the rounds of each block's median.
+
+    failed: a list that takes the names of dense engines that cannot run the network; without it they raise RuntimeError.
+    """
     workers, blocks = {}, {}
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name, 'network.pt')  # built once, and the same for all
+    torch.save(network(name), path)
     try:
         for engine in chosen or engines():
-            command = [sys.executable, '-m', 'harness.engine_bench', engine, name, str(batch), str(threads)]
+            command = [sys.executable, '-m', 'harness.engine_bench', engine, str(path), str(batch), str(threads)]
             pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
             workers[engine] = subprocess.Popen(command, cwd=WEIGHTS.parents[1], stderr=subprocess.DEVNULL, **pipes)
             if _answer(workers[engine]) != 'ready':  # one at a time, so that nothing else is measured or compiled meanwhile
+                if failed is not None and engine not in (OURS, 'PyTorch'):
+                    failed.append(engine)
+                    workers.pop(engine).wait()
+                    continue
                 raise RuntimeError(
                     f'the worker of {engine} ended before it was ready: run it alone to see why: {" ".join(command)}'
                 )
@@ -166,6 +192,7 @@ def measure(name, batch, threads, chosen=None, rounds=ROUNDS):
         for worker in workers.values():
             worker.kill()
             worker.wait()
+        folder.cleanup()
     return {engine: statistics.median(values) for engine, values in blocks.items()}
 
 
@@ -178,14 +205,51 @@ def _answer(worker):
     return None
 
 
+@torch.no_grad()
+def share_of_peak(channels, filters, size, kernel, sparsity):
+    """Multiply-accumulates a second with the non-zero weights of one layer, zeros at random, by those that registers allow.
+
+    None where PyTorch is faster, so that the engine leaves all to it.
+    """
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, filters, kernel, padding=kernel // 2)
+    conv.weight *= torch.rand_like(conv.weight) > sparsity
+    image = torch.randn(1, channels, size, size)
+    after = nn.Conv2d(filters, filters, 3, padding=1, groups=filters)  # planes lie as in a network with 3x3 convolutions
+    network = sparse_compile(nn.Sequential(conv, nn.ReLU(), after, nn.AdaptiveAvgPool2d(1)), image, 1)
+    if any('PyTorch' in record['kernel'] for record in network.report()):
+        return None
+    milliseconds = min(network.report(image)[1]['ms'] for _ in range(5))  # after the copy of the input
+    return int(conv.weight.count_nonzero()) * size * size / milliseconds / 1e6 / peak()
+
+
+def peak():
+    """Billions of multiply-accumulates a second of one thread whose numbers stay in registers."""
+    kernels = build.library()
+    numbers = torch.full([kernels.lanes()], 0.5)
+    rounds = 100_000
+    return rounds * 64 * kernels.lanes() / min(kernels.peak(rounds, numbers.data_ptr()) for _ in range(5))
+
+
+def bench_layers(say=print, shapes=SHAPES):
+    """The shares of single layers, one thread."""
+    say(f'\nnon-zero multiply-accumulates of one layer, batch 1, one thread, as a share of the peak of {peak():.0f} GMAC/s')
+    for channels, filters, size, kernel in shapes:
+        shares = [share_of_peak(channels, filters, size, kernel, sparsity) for sparsity in SPARSITIES]
+        row = '  '.join(
+            f'{sparsity:.0%} {"dense" if share is None else f"{share:.2f}"}'
+            for sparsity, share in zip(SPARSITIES, shares, strict=True)
+        )
+        say(f'  {channels}->{filters}, {size}x{size}, {kernel}x{kernel}: {row}')
+
+
 def bench_sparse(device, repeats, names, say=print, cases=None):
     """The table of `python bench.py sparse`: milliseconds of each engine, and the ratio to the fastest dense one."""
     threads = torch.get_num_threads()
     chosen = engines()
-    missing = [name for name in ('ONNX Runtime', 'OpenVINO') if name not in chosen]
     say(f'\nmilliseconds, {threads} thread(s), float32; each engine in a process of its own')
-    if missing:
-        say(f'  not measured, not installed: {", ".join(missing)}')
+    if missing():
+        say(f'  not measured, not installed: {", ".join(missing())}')
     for name, batch in cases or CASES:
         times = measure(name, batch, threads, chosen)
         dense = {engine: ms for engine, ms in times.items() if engine != OURS}

@@ -229,12 +229,23 @@ def carry_out(path, runs, options):
         for run, state in zip(runs, states, strict=True):
             if state == 'finished':
                 published.publish(run.out)
+    if (options.record or options.publish) and arguments.load_table(path)['times']:
+        time_zeros([run for run, state in zip(runs, states, strict=True) if state == 'finished'])
+        results = tables.results_in([(run.row['id'], run.seed, run.out) for run in ended])
     if options.record or options.publish:
         tables.record_logs(
             table, [(run.row['id'], run.seed, run.out) for run, state in zip(runs, states, strict=True) if state == 'finished']
         )
         tables.record(table, results)
     print('\n' + tables.render(path, results), flush=True)
+
+
+def time_zeros(runs):
+    """`--sparse-compile` for runs whose zeros are not whole filters and that were not timed yet, one after the other."""
+    for run in runs:
+        if tables.has_single_zeros(read_json(run.out / 'result.json')) and not (run.out / 'sparse.json').exists():
+            place = [f'--data-dir={run.args["data_dir"]}', '--no-download']
+            subprocess.run([sys.executable, ROOT / 'main.py', '--sparse-compile', run.out, *place], check=False)
 
 
 def turns_of(runs):

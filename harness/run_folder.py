@@ -8,6 +8,7 @@ events.*         the log again, for TensorBoard
 masks.pt         of dsp: the masks that packing works from
 packed.*         of dsp: the packed network, see deploy/network_file.py
 small.*          of --shrink: the smaller network, see deploy/network_file.py
+sparse.json      of --sparse-compile: accuracy and milliseconds of the sparse engine
 model.pt         plain state dict of the finished network: original names and order, exact zeros
 result.json      what came out, or why the run failed; written last
 """

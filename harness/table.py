@@ -7,7 +7,8 @@
 A row shows the mean and the sample standard deviation over its seeds, or, with `summary: median` in the table, the median and
 the range. Accuracy is that of the last epoch on the test set, zeros and MACs are counted on the saved network, and where whole
 filters went also on the network without them; milliseconds, with `times: true` in the table, are those of that network and, in
-brackets, of the dense one in the same run. A table that was never run has a page too, with the published figures and "not run".
+brackets, of the dense one in the same run; where single weights are zero, of the sparse engine and, in brackets, of PyTorch.
+A table that was never run has a page too, with the published figures and "not run".
 README.md and results/README.md repeat some of these pages, between the comments <!-- results/NAME.md --> and <!-- end -->;
 both commands see to those too.
 """
@@ -45,8 +46,13 @@ def name_of(path):
 
 def results_in(runs):
     """[(row, seed, run folder)] -> {(row, seed): result}, for the runs that have one, failed ones too."""
-    results = {(row, seed): read_json(folder / 'result.json') for row, seed, folder in runs}
-    return {key: result for key, result in results.items() if result is not None}
+    results = {}
+    for row, seed, folder in runs:
+        result = read_json(folder / 'result.json')
+        if result is not None:
+            timed = read_json(folder / 'sparse.json') or {}  # of --sparse-compile
+            results[row, seed] = result | {key: value for key, value in timed.items() if '_ms_' in key or key == 'sparse_on'}
+    return results
 
 
 def recorded():
@@ -155,6 +161,8 @@ def render(path, results, sizes=None):
         origins += [f'{run["device"]}, torch {run["torch"]}, commit {run["commit"]}' for run in finished]
     text = markdown(list(columns), lines)
     notes = [f'- {origin}: {origins.count(origin)} of {len(origins)} runs\n' for origin in sorted(set(origins))]
+    timed = [run['sparse_on'] for _, runs in rows for run in finished_of(runs) if 'sparse_on' in run]
+    notes += [f'- sparse engine and PyTorch beside it, {where}: {timed.count(where)} runs\n' for where in sorted(set(timed))]
     return text + ('\n' + ''.join(notes) if notes else '')
 
 
@@ -186,6 +194,9 @@ def columns_of(table, results, sizes):
         if table['times']:
             columns['ms shrunk (dense), 1 image'] = lambda row, runs: milliseconds(runs, 1)
             columns['32 images'] = lambda row, runs: milliseconds(runs, 32)
+    if table['times'] and any('sparse_ms_1' in result for result in results.values()):
+        columns['ms sparse engine (PyTorch), 1 image'] = lambda row, runs: milliseconds(runs, 1, 'sparse', 'pytorch')
+        columns['sparse engine, 32 images'] = lambda row, runs: milliseconds(runs, 32, 'sparse', 'pytorch')
     if sizes:
         columns['kB published'] = lambda row, runs: f'{mean(sizes[row["id"]]):,.1f}' if row['id'] in sizes else ''
     return columns
@@ -239,14 +250,18 @@ def shrunk_parameters(row, runs):
     return ''
 
 
-def milliseconds(runs, batch):
-    """Of the shrunk network and, in brackets, of the dense one, for a batch."""
+def has_single_zeros(result):
+    """Whether a run has zeros that are not whole filters, so that the sparse engine is what makes them fast."""
+    return result['zeros'] > 0 and 'small_macs' not in result and 'saved' not in result
+
+
+def milliseconds(runs, batch, fast='small', dense='dense'):
+    """Of the shrunk network, or in the sparse engine, and, in brackets, of the dense one, for a batch."""
     finished = finished_of(runs)
-    if not finished or not all(f'small_ms_{batch}' in run for run in finished):
+    if not finished or not all(f'{fast}_ms_{batch}' in run for run in finished):
         return ''
-    small = mean(run[f'small_ms_{batch}'] for run in finished)
-    dense = mean(run[f'dense_ms_{batch}'] for run in finished)
-    return f'{small:.2f} ({dense:.2f})'
+    ours, theirs = (mean(run[f'{name}_ms_{batch}'] for run in finished) for name in (fast, dense))
+    return f'{ours:.{3 if ours < 0.1 else 2}f} ({theirs:.2f})'
 
 
 # -------------------------------------------------------------------------------------------------------- published figures

@@ -5,6 +5,7 @@ import ctypes
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,9 @@ from torch import nn
 
 import archs
 from deploy import sparse_compile, write_c
-from deploy.engine import SparseNetwork, build, plan, reference
+from deploy.engine import SparseNetwork, build, reference
+from deploy.engine import choices as engine_choices
+from deploy.engine.memory import Value, mask_of, view
 
 KERNELS = {
     'rows': {},
@@ -52,7 +55,16 @@ def buffer(values):
     return memory, memory.data_ptr() + 4 * build.SLACK
 
 
-def run_convolution(image, weight, bias, residual, geometry, kernels=None, **choices):
+def run_here(kernels, step, memories, starts, weight, bias, mask=None):
+    """A convolution with these choices by kernels in this process; memories: of its input, output and residual."""
+    step.weight, step.bias, step.mask = (None if tensor is None else tensor.data_ptr() for tensor in (weight, bias, mask))
+    pointers = (ctypes.c_void_p * 3)(*(memory.data_ptr() + 4 * start for memory, start in zip(memories, starts, strict=True)))
+    step.prepared = kernels.conv_prepare(ctypes.byref(step))
+    assert kernels.engine_run(ctypes.byref(step), 1, pointers, step.chunks, None, None, 0) == 0
+    kernels.conv_free(step.prepared)
+
+
+def run_convolution(image, weight, bias, residual, geometry, kernels=None, run=None, **choices):
     """relu(convolution + residual) by the kernels of kernels.cpp."""
     images, channels, height, width, filters, kernel, stride, padding, dilation, groups = geometry
     fields = {'images': images, 'channels': channels, 'height': height, 'width': width, 'filters': filters, 'groups': groups}
@@ -62,17 +74,13 @@ def run_convolution(image, weight, bias, residual, geometry, kernels=None, **cho
     out_height, out_width = residual.shape[2:]
     choices = {'vectors': 14, 'block_bytes': 1 << 15, 'chunks': 1} | choices
     step = build.Step(kind=build.CONV, low=0.0, high=math.inf, out_height=out_height, out_width=out_width, **fields | choices)
-    step.weight, step.bias = weight.data_ptr(), bias.data_ptr()
     held = [buffer(tensor) for tensor in (image, torch.zeros_like(residual), residual)]
-    pointers = (ctypes.c_void_p * 3)(*(address for _, address in held))
+    memories = [memory for memory, _ in held]
     size = filters * out_height * out_width
     plane = out_height * out_width
     step.source = build.Place(0, 0, channels * height * width, height * width, width)
     step.target, step.other = (build.Place(number, 0, size, plane, out_width) for number in (1, 2))
-    kernels = kernels or build.library()
-    step.prepared = kernels.conv_prepare(ctypes.byref(step))
-    assert kernels.engine_run(ctypes.byref(step), 1, pointers, choices['chunks'], None, None, 0) == 0
-    kernels.conv_free(step.prepared)
+    (run or run_here)(kernels or build.library(), step, memories, [build.SLACK] * 3, weight, bias)
     around = torch.cat([held[1][0][: build.SLACK], held[1][0][-build.SLACK :]])
     assert bool((around == 7).all()), 'written outside of the output'
     return held[1][0][build.SLACK : -build.SLACK].view(residual.shape)
@@ -90,6 +98,10 @@ def kernels(request):
 
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
 def test_convolution_is_the_plain_loop(geometry, kernels):
+    check_plain_loop(geometry, kernels)
+
+
+def check_plain_loop(geometry, kernels, run=None):
     images, channels, height, width, filters, kernel, stride, padding, dilation, groups = geometry
     torch.manual_seed(0)
     image, bias = torch.randn(images, channels, height, width), torch.randn(filters)
@@ -101,8 +113,55 @@ def test_convolution_is_the_plain_loop(geometry, kernels):
     residual = torch.randn(expected.shape)
     expected = (expected + residual).clamp(min=0)
     for name, choices in KERNELS.items():
-        found = run_convolution(image, weight, bias, residual, geometry, kernels, **choices)
+        found = run_convolution(image, weight, bias, residual, geometry, kernels, run, **choices)
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1), name
+
+
+BORDERED = {
+    'direct': {'direct': 1},
+    'direct, three vectors, blocks': {'direct': 1, 'vectors': 3, 'block_bytes': 1},
+    'direct, dense': {'direct': 1, 'dense': 1, 'vectors': 6},
+    'shifted': {'shifted': 1, 'vectors': 24},
+    'shifted, two vectors, blocks': {'shifted': 1, 'vectors': 2, 'block_bytes': 1},
+    'shifted, chunks': {'shifted': 1, 'vectors': 8, 'chunks': 3},
+    'shifted, dense': {'shifted': 1, 'dense': 1, 'vectors': 6},
+}
+
+
+@pytest.mark.parametrize('images', [1, 2, 5])
+@pytest.mark.parametrize('size', [(1, 2), (4, 4), (5, 5), (7, 7), (9, 8), (14, 14), (16, 16), (5, 37), (20, 64)], ids=str)
+def test_convolution_with_a_border_of_zeros(images, size, kernels):
+    """Tiles that lie in the plane, strips of one image and several images side by side; what lies around stays as it was."""
+    check_border(images, size, kernels)
+
+
+def check_border(images, size, kernels, run=None):
+    torch.manual_seed(0)
+    image, weight, bias = torch.randn(images, 3, *size), torch.randn(5, 3, 3, 3), torch.randn(5)
+    weight *= torch.rand(weight.shape) < 0.4
+    residual = torch.randn(images, 5, *size)
+    expected = (reference.convolution(image, weight, bias, (1, 1), (1, 1), (1, 1), 1) + residual).clamp(min=0)
+    step = build.Step(kind=build.CONV, low=0.0, high=math.inf, images=images, channels=3, filters=5, groups=1, chunks=1)
+    for name, fixed in {'height': size[0], 'width': size[1], 'kernel': 3, 'stride': 1, 'pad': 1, 'dilation': 1}.items():
+        for field in [name, f'out_{name}'] if name in ('height', 'width') else [f'{name}_h', f'{name}_w']:
+            setattr(step, field, fixed)
+    values = [Value(tensor.shape, 2) for tensor in (image, residual, residual)]
+    for number, value in enumerate(values):
+        value.buffer = number
+    held = [torch.zeros(images * value.size + 2 * build.SLACK + 8 * value.pitch) for value in values]
+    starts = [build.SLACK + 4 * value.pitch for value in values]
+    for tensor, value in ((image, values[0]), (residual, values[2])):
+        view(value, held, starts).copy_(tensor)
+    step.source, step.target, step.other = (build.Place(*value.place()) for value in values)
+    mask = mask_of(values[1])
+    for name, settings in BORDERED.items():
+        for field, value in ({'direct': 0, 'shifted': 0, 'dense': 0, 'vectors': 14, 'block_bytes': 1 << 15} | settings).items():
+            setattr(step, field, value)
+        held[1].zero_()
+        (run or run_here)(kernels, step, held, starts, weight, bias, mask)
+        found = view(values[1], held, starts)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+        assert held[1].count_nonzero() == found.count_nonzero(), f'{name}: written into the border'
 
 
 def test_convolution_spelled_out():
@@ -284,7 +343,7 @@ def test_network_that_torch_export_refuses_runs_in_pytorch():
 
     network = compiled(Branching(), torch.ones(2, 3))
     assert torch.equal(network(torch.ones(2, 3)), torch.full([2, 3], 2.0))
-    assert 'torch.export cannot read Branching' in network.report()[0]['kernel']
+    assert 'torch.export cannot trace Branching' in network.report()[0]['kernel']
 
 
 def test_later_changes_of_the_model_do_not_show():
@@ -340,7 +399,7 @@ def test_measured_choices_give_the_same_outputs():
     model = sparse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(800, 10)), 0.6)
     network = sparse_compile(model, torch.randn(1, 3, 12, 12), threads=1)
     assert_equal(network, model, torch.randn(1, 3, 12, 12))
-    assert plan._chosen
+    assert engine_choices._chosen
 
 
 def run_c(path, image, shape):
@@ -423,6 +482,59 @@ def test_c_file_of_other_operations(tmp_path):
     model = sparse(Known(), 0.5)
     path = write_c(model, torch.randn(9, 3, 6, 6), tmp_path / 'network.c')
     assert_equal(lambda image: run_c(path, image, (9, 5)), model, torch.randn(9, 3, 6, 6))
+
+
+RUN_STEP = """
+#include "kernels.cpp"
+#include <cstdio>
+// Reads a Step, the length of each array and the arrays (input, output, residual, weight, bias, mask), and writes the output.
+int main(int, char **argv) {
+    FILE *file = fopen(argv[1], "rb");
+    Step step;
+    int64_t sizes[6], starts[3];
+    bool good = fread(&step, sizeof step, 1, file) == 1;
+    good = good && fread(sizes, sizeof sizes, 1, file) == 1 && fread(starts, sizeof starts, 1, file) == 1;
+    float *arrays[6];
+    for (int i = 0; i < 6; i++) {
+        arrays[i] = (float *)malloc(4 * sizes[i] + 4);
+        good = good && (int64_t)fread(arrays[i], 4, sizes[i], file) == sizes[i];
+    }
+    fclose(file);
+    step.weight = arrays[3];
+    step.bias = arrays[4];
+    step.mask = sizes[5] ? (const int32_t *)arrays[5] : nullptr;
+    step.prepared = conv_prepare(&step);
+    float *buffers[3] = {arrays[0] + starts[0], arrays[1] + starts[1], arrays[2] + starts[2]};
+    good = good && engine_run(&step, 1, buffers, 1, nullptr, nullptr, 0) == 0;
+    file = fopen(argv[1], "wb");
+    fwrite(arrays[1], 4, sizes[1], file);
+    fclose(file);
+    return !good;
+}
+"""
+
+
+def test_kernels_on_arm(tmp_path):
+    """The same text with NEON, compiled for another machine and run by an emulator."""
+    compiler, emulator = shutil.which('aarch64-linux-gnu-g++'), shutil.which('qemu-aarch64')
+    if not compiler or not emulator:
+        pytest.skip('g++-aarch64-linux-gnu or qemu-user is not installed')
+    (tmp_path / 'run.cpp').write_text(RUN_STEP)
+    program = tmp_path / 'run'
+    words = [compiler, '-std=c++17', '-O1', '-static', '-pthread', f'-I{build.SOURCE.parent}', '-Wno-psabi']
+    subprocess.run([*words, tmp_path / 'run.cpp', '-o', program], check=True)
+
+    def run(_, step, memories, starts, weight, bias, mask=None):
+        arrays = [*memories, weight.flatten(), bias, torch.zeros(0) if mask is None else mask.view(torch.float32)]
+        numbers = torch.tensor([*(array.numel() for array in arrays), *starts])
+        content = [bytes(step), numbers.numpy().tobytes(), *(array.contiguous().numpy().tobytes() for array in arrays)]
+        (tmp_path / 'step').write_bytes(b''.join(content))
+        subprocess.run([emulator, program, tmp_path / 'step'], check=True)
+        memories[1].copy_(torch.frombuffer(bytearray((tmp_path / 'step').read_bytes()), dtype=torch.float32))
+
+    for images, size in ((1, (7, 7)), (5, (2, 2)), (1, (14, 14)), (2, (5, 37))):
+        check_border(images, size, None, run)
+    check_plain_loop(GEOMETRIES[7], None, run)
 
 
 def library_path(name):

@@ -47,8 +47,7 @@ class SparseNetwork(nn.Module):
         self._graphs = []
         self._lock = threading.Lock()
         self._check(inputs)
-        with torch.no_grad():
-            self._plan(inputs)
+        self._plan(inputs)
 
     def train(self, mode=True):
         """The network stays in eval mode."""
@@ -60,15 +59,17 @@ class SparseNetwork(nn.Module):
                 kind = f'{value.dtype} on {value.device}' if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ValueError(f'the sparse engine takes float32 tensors on the CPU, but input {number} is {kind}')
 
-    @torch.no_grad()
     def forward(self, *inputs):
         self._check(inputs)
-        if any(value.numel() == 0 for value in inputs):
-            return self.model(*inputs)
-        with self._lock:
-            plan = self._plan(inputs)
-            result = plan.run(inputs) if isinstance(plan, Plan) else None
-        return self.model(*inputs) if result is None else result
+        result = None
+        if all(value.numel() for value in inputs):
+            with self._lock:
+                plan = self._plan(inputs)
+                result = plan.run(inputs) if isinstance(plan, Plan) else None
+        if result is None:
+            with torch.no_grad():
+                result = self.model(*inputs)
+        return result
 
     def _plan(self, inputs):
         """The plan for inputs of these shapes, or a sentence where PyTorch is faster or the network cannot be read."""
@@ -80,6 +81,7 @@ class SparseNetwork(nn.Module):
             self._plans[key] = self._make_plan(inputs, threads)
         return self._plans[key]
 
+    @torch.no_grad()
     def _make_plan(self, inputs, threads):
         expected = self.model(*inputs)  # an input that the network refuses is refused here, in its own words
         try:
@@ -119,7 +121,6 @@ class SparseNetwork(nn.Module):
             torch.set_num_threads(before)
         return best['plan'] > best['model']
 
-    @torch.no_grad()
     def report(self, *inputs):
         """One record a layer or operation: name, zeros, weights, kernel, milliseconds. inputs: default, random ones."""
         shape = None

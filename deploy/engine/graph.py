@@ -1,22 +1,9 @@
-"""Reading a network: torch.export's graph in eval mode, and the shapes that it has for inputs of a given shape.
-
-This is the only module of the engine that knows torch.export.
-"""
+"""Reading a network for the engine: its operations without changes in place, and the shapes for inputs of a given shape."""
 
 import torch
-from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-INPLACE = {
-    'add_': 'add',
-    'mul_': 'mul',
-    'relu_': 'relu',
-    'dropout_': 'dropout',
-    'hardtanh_': 'hardtanh',
-    'leaky_relu_': 'leaky_relu',
-    'silu_': 'silu',
-}
-INPLACE |= {'hardswish_': 'hardswish', 'hardsigmoid_': 'hardsigmoid', 'sigmoid_': 'sigmoid', 'elu_': 'elu', 'relu6_': 'relu6'}
+from ..graph import read_program, writes
 
 
 class GraphError(ValueError):
@@ -27,66 +14,38 @@ class Graph:
     """The operations of a network, in order.
 
     nodes: torch.fx nodes that compute something. inputs: the nodes of the network's inputs. constants: {node: tensor}.
-    outputs: the nodes that are returned; build(values) makes the network's own nesting of them. replaced: {node: node}, where
-    an
-    in-place operation put its result into its first argument.
+    names: {node of a constant: its dotted name}. outputs: the nodes that are returned; build_output(values) makes the network's
+    own nesting of their values. Raises GraphError for a network that torch.export refuses, or one that changes its buffers or
+    its input.
     """
 
     def __init__(self, model, inputs):
-        free = tuple({0: Dim.AUTO} if value.dim() else {} for value in inputs)  # the other axes are as given
-        twice = tuple(torch.cat([value, value]) if value.dim() and len(value) == 1 else value for value in inputs)
         try:
             with torch.no_grad():
-                exported = torch.export.export(model, twice, dynamic_shapes=_nest(model, free))
-        except Exception as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise GraphError(f'torch.export cannot read {type(model).__name__}: {type(error).__name__}: {reason}') from error
-        self.exported = exported
-        names = exported.graph_signature
-        tensors = {**exported.state_dict, **exported.constants}
-        targets = {**names.inputs_to_parameters, **names.inputs_to_buffers, **names.inputs_to_lifted_tensor_constants}
-        self.constants = {}
-        self.names = {}
-        self.inputs = []
-        self.nodes = []
-        for node in exported.graph.nodes:
-            if node.op == 'placeholder' and node.name in targets:
-                self.constants[node] = tensors[targets[node.name]].detach()
-                self.names[node] = targets[node.name]
-            elif node.op == 'placeholder':
-                self.inputs.append(node)
-            elif node.op == 'output':
-                self.outputs = list(node.args[0])
-            else:
-                self.nodes.append(node)
-        if names.buffers_to_mutate or names.user_inputs_to_mutate:
+                program = read_program(model, tuple(inputs), free_batch=True)
+        except ValueError as error:
+            raise GraphError(str(error)) from error
+        signature = program.exported.graph_signature
+        if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
             raise GraphError(f'{type(model).__name__} changes its buffers or its input in eval mode')
-        self.gives_one = exported.call_spec.out_spec.is_leaf()
-        self.fixed = [_fixed(node.meta['val'].shape) for node in self.inputs]
-        self._make_functional()
-
-    def _make_functional(self):
-        """Later readers of an in-place operation's argument read its result. Raises GraphError where views make that wrong."""
-        replaced = {}
+        self.names = program.names
+        self.constants = {node: program.tensors[name].detach() for node, name in program.names.items()}
+        self.inputs = [node for node in program.nodes if node.op == 'placeholder' and node not in self.constants]
+        self.nodes = [node for node in program.nodes if node.op not in ('placeholder', 'output')]
+        self.outputs = list(program.nodes[-1].args[0])
+        self.out_spec = program.exported.call_spec.out_spec
+        self.gives_one = self.out_spec.is_leaf()
+        self.fixed = [[size if isinstance(size, int) else None for size in node.meta['val'].shape] for node in self.inputs]
         for node in self.nodes:
-            node.args = torch.fx.map_arg(node.args, lambda n: replaced.get(n, n))
-            node.kwargs = torch.fx.map_arg(node.kwargs, lambda n: replaced.get(n, n))
-            name = operation(node)
-            if name.endswith('_') and not name.endswith('__'):
-                changed = node.args[0]
-                views = [changed, *changed.users] if operation(changed) not in VIEWS else [changed]
-                asleep = name == 'dropout_' and not node.args[2]  # changes nothing
-                if (
-                    name not in INPLACE
-                    or not asleep
-                    and any(operation(view) in VIEWS for view in views)
-                    or not asleep
-                    and changed in self.inputs
-                ):
-                    raise GraphError(f'{node.target} changes a tensor in place in a way that the engine cannot follow')
-                node.target = getattr(torch.ops.aten, INPLACE[name]).__getattr__(node.target._overloadname)
-                replaced[changed] = node
-        self.outputs = [replaced.get(node, node) for node in self.outputs]
+            if writes(node):
+                self._make_functional(node)
+
+    def _make_functional(self, node):
+        """relu for relu_: what is changed is read by nothing else afterwards, which read_program() sees to."""
+        packet = getattr(torch.ops.aten, operation(node)[:-1], None)
+        if node.args[0] in self.inputs or packet is None or node.target._overloadname not in packet.overloads():
+            raise GraphError(f'{node.target} changes a tensor in place in a way that the engine cannot follow')
+        node.target = getattr(packet, node.target._overloadname)
 
     def takes(self, shapes):
         """Whether the graph holds for inputs of these shapes: axes that were fixed in reading it have their sizes."""
@@ -97,7 +56,7 @@ class Graph:
 
     def build_output(self, values):
         """The network's output from the values of `outputs`."""
-        return values[0] if self.gives_one else pytree.tree_unflatten(values, self.exported.call_spec.out_spec)
+        return values[0] if self.gives_one else pytree.tree_unflatten(values, self.out_spec)
 
     def shapes(self, inputs):
         """{node: what it gives} for inputs like these, on the meta device; constants and what follows from them are real."""
@@ -120,36 +79,8 @@ class Graph:
         return found, known
 
 
-VIEWS = {'view', 'reshape', 'flatten', 'unsqueeze', 'squeeze', 'contiguous', 'alias', 'detach', 'slice', 'select', 'permute'}
-VIEWS |= {
-    'transpose',
-    't',
-    'expand',
-    'split',
-    'chunk',
-    'narrow',
-    'unbind',
-    'split_with_sizes',
-    '_unsafe_view',
-    'unflatten',
-    'movedim',
-}
-
-
 def operation(node):
     """'conv2d' for a node of torch.ops.aten.conv2d.default; '' for nodes that call nothing of ATen."""
     target = getattr(node, 'target', None)
     is_aten = isinstance(target, torch._ops.OpOverload) and target.namespace == 'aten'
     return target._opname if is_aten else ''
-
-
-def _fixed(shape):
-    return [size if isinstance(size, int) else None for size in shape]
-
-
-def _nest(model, free):
-    """Dynamic shapes in the form torch.export wants them: networks that take *args get theirs as one tuple."""
-    import inspect
-
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    return (free,) if kinds and kinds[0] == inspect.Parameter.VAR_POSITIONAL else free

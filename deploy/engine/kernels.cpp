@@ -15,10 +15,17 @@
 //     tile[0 .. size) += value * packed[offset .. offset + size)
 // runs in vector registers, for all weights of a filter in that block. Stride, dilation, padding and groups exist in the packing alone.
 // Where input and output have the same size and border nothing needs to be packed ("direct"): a weight reads the input shifted, and a tile
-// is a stretch of the plane, with the border's columns in it; these are set to zero again by a mask. With strides the input is first split
-// into phases (a step of its own): plane (a, b) holds the pixels (y * stride_h + a, x * stride_w + b), and a weight reads one of them shifted.
+// is a stretch of the plane, of which only the pixels are stored. With strides the input is first split into phases (a step of its own):
+// plane (a, b) holds the pixels (y * stride_h + a, x * stride_w + b), and a weight reads one of them shifted.
+//
+// What costs time is loading: a multiply-add needs one vector, and of two that a core can load in a cycle one that crosses a cache line takes
+// both. So the packing may copy each row once for every column of the kernel ("shifted"), after which all loads are aligned; a block is as
+// many channels as leave the inputs of a tile in the first cache, and all filters go over a block before the next; rows of small images lie
+// side by side in a vector, several images or several strips of one. Weights lie in the order of use, filters with equally many of them
+// one after the other, and what lies far away, outputs and weights of large layers, is asked for ahead.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -29,24 +36,35 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <unistd.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define TILE_VECTORS 14   // accumulators of a sparse tile; 32 registers
+#define TILE_VECTORS 24   // accumulators of a sparse tile; 32 registers
 #define DENSE_VECTORS 6   // times DENSE_FILTERS accumulators of a dense tile
 #elif defined(__AVX__)
 #define LANES 8
 #define TILE_VECTORS 12
 #define DENSE_VECTORS 3
+#elif defined(__aarch64__)
+#define LANES 4
+#define TILE_VECTORS 24
+#define DENSE_VECTORS 6
 #else
 #define LANES 4
 #define TILE_VECTORS 14
 #define DENSE_VECTORS 3
 #endif
 #define DENSE_FILTERS 4
+#define FAR (256 << 10)   // bytes of a layer from which on memory is asked for ahead
+#define AHEAD 1024        // bytes
+#define PATIENCE 2000     // pauses, some twenty microseconds, before a thread without work sleeps
 #define SLACK 256         // floats around every buffer that may be read, never used
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -58,6 +76,32 @@ typedef int32_t loose_ints __attribute__((vector_size(4 * LANES), aligned(4), ma
 static inline vec load(const float *p) { return *(const loose *)p; }
 static inline void store(float *p, vec v) { *(loose *)p = v; }
 static inline vec all(float value) { return value - vec{}; }
+
+// Store the lanes whose bits are set.
+static inline void store_some(float *p, vec v, uint32_t bits) {
+#if LANES == 16
+    _mm512_mask_storeu_ps(p, (__mmask16)bits, (__m512)v);
+#else
+    if (bits == (1u << LANES) - 1) {
+        store(p, v);
+    } else {
+        for (int l = 0; l < LANES; l++)
+            if (bits >> l & 1) p[l] = v[l];
+    }
+#endif
+}
+
+// The lanes whose bits are set, zero in the others.
+static inline vec load_some(const float *p, uint32_t bits) {
+#if LANES == 16
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)bits, p);
+#else
+    vec v = {};
+    for (int l = 0; l < LANES; l++)
+        if (bits >> l & 1) v[l] = p[l];
+    return v;
+#endif
+}
 
 // Every second float of two vectors.
 static inline vec evens(vec a, vec b) {
@@ -88,7 +132,7 @@ struct Tensor {
     int64_t pitch;   // between two rows
 };
 
-struct Step {  // mirrored by plan.py, all members 8 bytes wide
+struct Step {  // mirrored by build.py, all members 8 bytes wide
     int64_t kind;
     Tensor in, out, other;
     int64_t images, channels, height, width, filters, out_height, out_width;
@@ -100,7 +144,7 @@ struct Step {  // mirrored by plan.py, all members 8 bytes wide
     const float *bias;       // of each filter or channel, or null
     const int32_t *mask;     // for a plane with a border: -1 at its pixels, 0 in the border, as long as its rows; null without border
     const int32_t *rows, *columns;  // PAD: the input row and column of each output row and column, -1: fill with low
-    // choices, measured by plan.py
+    // choices, measured by choices.py
     int64_t dense;           // 1: multiply by zeros too
     int64_t shifted;         // 1: a copy of each row for every kernel column, so that loads are aligned
     int64_t direct;          // 1: nothing is packed
@@ -182,7 +226,7 @@ static inline __attribute__((always_inline)) void add_products(vec *sum, const f
     vec chain[CHAINS][V];
 #pragma GCC unroll 4
     for (int c = 0; c < CHAINS; c++)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; v++) chain[c][v] = c ? vec{} : sum[v];
     int64_t j = 0;
     for (; j + CHAINS <= count; j += CHAINS)
@@ -190,16 +234,16 @@ static inline __attribute__((always_inline)) void add_products(vec *sum, const f
         for (int c = 0; c < CHAINS; c++) {
             const float *x = packed + weights[j + c].offset;
             const vec value = all(weights[j + c].value);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int v = 0; v < V; v++) chain[c][v] += value * load(x + v * LANES);
         }
     for (; CHAINS > 1 && j < count; j++) {
         const float *x = packed + weights[j].offset;
         const vec value = all(weights[j].value);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; v++) chain[0][v] += value * load(x + v * LANES);
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int v = 0; v < V; v++) {
 #pragma GCC unroll 4
         for (int c = 1; c < CHAINS; c++) chain[0][v] += chain[c][v];
@@ -211,40 +255,89 @@ static inline __attribute__((always_inline)) void add_products(vec *sum, const f
 template <int V>
 static void accumulate(float *tile, const float *packed, const Weight *weights, int64_t count) {
     vec sum[V];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int v = 0; v < V; v++) sum[v] = load(tile + v * LANES);
     add_products<V>(sum, packed, weights, count);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int v = 0; v < V; v++) store(tile + v * LANES, sum[v]);
 }
 
-struct Finish {  // what happens to a finished sum
-    float bias, low, high;
-    const float *residual;  // or null
-    const int32_t *mask;    // or null
+struct Row {          // of the weights: those of one filter in one block
+    int32_t filter;   // within its group
+    int32_t count;
 };
 
-// A whole output tile at once: out = clamp(bias + products + residual), zero where the mask is.
+struct Piece {        // where a vector of a tile belongs
+    int32_t place;    // floats from the start of the plane
+    uint32_t bits;    // its lanes that are pixels
+};
+
+struct Run {          // one tile of outputs, one block of channels, some filters of a group
+    const Row *rows;
+    int64_t count;    // of rows
+    const Weight *weights;
+    const float *packed;
+    float *sums;      // of the tile for each filter, between blocks; null where there is one block
+    bool first, last; // block
+    bool far;         // weights or outputs are too many for the nearer caches
+    const float *bias, *residual;  // or null
+    float *out;
+    int64_t out_plane, residual_plane;
+    int64_t images;   // side by side in each vector
+    int64_t out_image, residual_image;
+    const Piece *pieces;  // [image][vector]
+    float low, high;
+};
+
+// out = clamp(bias + products + residual) for a tile of V vectors, filter after filter. The plain loop is that of the whole convolution.
 template <int V>
-static void complete(float *out, const float *packed, const Weight *weights, int64_t count, const Finish &with) {
-    vec sum[V];
-#pragma GCC unroll 16
-    for (int v = 0; v < V; v++) sum[v] = all(with.bias);
-    add_products<V>(sum, packed, weights, count);
-    const float low = with.low, high = with.high;
-    const float *const residual = with.residual;
-    const int32_t *const mask = with.mask;
-    if (residual) {
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) sum[v] += load(residual + v * LANES);
-    }
-    if (mask) {
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++)
-            store(out + v * LANES, (vec)((ints)clamp(sum[v], low, high) & *(const loose_ints *)(mask + v * LANES)));
-    } else {
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) store(out + v * LANES, clamp(sum[v], low, high));
+static void run_filters(const Run &r) {
+    const Weight *weights = r.weights;
+    const float low = r.low, high = r.high;
+    for (int64_t k = 0; k < r.count; k++) {
+        const int64_t f = r.rows[k].filter, count = r.rows[k].count;
+        float *const out = r.out + f * r.out_plane, *const kept = r.sums + f * V * LANES;
+        const float *const residual = r.residual ? r.residual + f * r.residual_plane : nullptr;
+        if (r.far && r.images == 1) {  // what is needed when the sums are ready, and the weights of filters to come
+            for (int v = 0; v < V && r.last; v++) __builtin_prefetch(out + r.pieces[v].place, 1);
+            for (int v = 0; v < V && r.last && residual; v++) __builtin_prefetch(residual + r.pieces[v].place);
+            for (int64_t j = 0; j < count; j += 8) __builtin_prefetch((const char *)(weights + j) + AHEAD);
+        }
+        vec sum[V];
+        if (r.first) {
+            const vec bias = all(r.bias ? r.bias[f] : 0);
+#pragma GCC unroll 32
+            for (int v = 0; v < V; v++) sum[v] = bias;
+        } else {
+#pragma GCC unroll 32
+            for (int v = 0; v < V; v++) sum[v] = *(const vec *)(kept + v * LANES);
+        }
+        add_products<V>(sum, r.packed, weights, count);
+        weights += count;
+        if (!r.last) {
+#pragma GCC unroll 32
+            for (int v = 0; v < V; v++) *(vec *)(kept + v * LANES) = sum[v];
+            continue;
+        }
+        if (r.images == 1) {
+            if (residual) {
+#pragma GCC unroll 32
+                for (int v = 0; v < V; v++) sum[v] += load(residual + r.pieces[v].place);
+            }
+#pragma GCC unroll 32
+            for (int v = 0; v < V; v++) store_some(out + r.pieces[v].place, clamp(sum[v], low, high), r.pieces[v].bits);
+            continue;
+        }
+        for (int64_t m = 0; m < r.images && residual; m++) {
+            const Piece *const pieces = r.pieces + m * V;
+#pragma GCC unroll 32
+            for (int v = 0; v < V; v++) sum[v] += load_some(residual + m * r.residual_image + pieces[v].place, pieces[v].bits);
+        }
+        for (int64_t m = 0; m < r.images; m++) {
+            const Piece *const pieces = r.pieces + m * V;
+#pragma GCC unroll 32
+            for (int v = 0; v < V; v++) store_some(out + m * r.out_image + pieces[v].place, clamp(sum[v], low, high), pieces[v].bits);
+        }
     }
 }
 
@@ -254,49 +347,46 @@ static void accumulate_dense(float *tile, int64_t apart, const float *packed, co
     vec sum[DENSE_FILTERS][V];
 #pragma GCC unroll 4
     for (int f = 0; f < DENSE_FILTERS; f++)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; v++) sum[f][v] = load(tile + f * apart + v * LANES);
     for (int64_t j = 0; j < count; j++) {
         const float *x = packed + offsets[j];
         vec in[V];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; v++) in[v] = load(x + v * LANES);
 #pragma GCC unroll 4
         for (int f = 0; f < DENSE_FILTERS; f++) {
             const vec value = all(values[j * DENSE_FILTERS + f]);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int v = 0; v < V; v++) sum[f][v] += value * in[v];
         }
     }
 #pragma GCC unroll 4
     for (int f = 0; f < DENSE_FILTERS; f++)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; v++) store(tile + f * apart + v * LANES, sum[f][v]);
 }
 
 typedef void (*Accumulate)(float *, const float *, const Weight *, int64_t);
-typedef void (*Complete)(float *, const float *, const Weight *, int64_t, const Finish &);
+typedef void (*RunFilters)(const Run &);
 typedef void (*AccumulateDense)(float *, int64_t, const float *, const int32_t *, const float *, int64_t);
-static const Accumulate ACCUMULATE[] = {
-    nullptr, accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>, accumulate<5>, accumulate<6>, accumulate<7>,
-    accumulate<8>, accumulate<9>, accumulate<10>, accumulate<11>, accumulate<12>,
-#if TILE_VECTORS > 12
-    accumulate<13>, accumulate<14>,
-#endif
-};
-static const Complete COMPLETE[] = {
-    nullptr, complete<1>, complete<2>, complete<3>, complete<4>, complete<5>, complete<6>, complete<7>,
-    complete<8>, complete<9>, complete<10>, complete<11>, complete<12>,
-#if TILE_VECTORS > 12
-    complete<13>, complete<14>,
-#endif
-};
-static const AccumulateDense ACCUMULATE_DENSE[] = {
-    nullptr, accumulate_dense<1>, accumulate_dense<2>, accumulate_dense<3>,
-#if DENSE_VECTORS > 3
-    accumulate_dense<4>, accumulate_dense<5>, accumulate_dense<6>,
-#endif
-};
+
+// [number of vectors]
+template <int... V>
+static constexpr std::array<Accumulate, sizeof...(V) + 1> accumulates(std::integer_sequence<int, V...>) {
+    return {nullptr, accumulate<V + 1>...};
+}
+template <int... V>
+static constexpr std::array<RunFilters, sizeof...(V) + 1> runs(std::integer_sequence<int, V...>) {
+    return {nullptr, run_filters<V + 1>...};
+}
+template <int... V>
+static constexpr std::array<AccumulateDense, sizeof...(V) + 1> dense_accumulates(std::integer_sequence<int, V...>) {
+    return {nullptr, accumulate_dense<V + 1>...};
+}
+static constexpr auto ACCUMULATE = accumulates(std::make_integer_sequence<int, TILE_VECTORS>());
+static constexpr auto RUN_FILTERS = runs(std::make_integer_sequence<int, TILE_VECTORS>());
+static constexpr auto ACCUMULATE_DENSE = dense_accumulates(std::make_integer_sequence<int, DENSE_VECTORS>());
 
 // ------------------------------------------------------------------------------------------------------------ a prepared convolution
 
@@ -310,7 +400,9 @@ struct Slot {         // one packed piece: rows of one channel, as one kernel co
 struct Conv {
     Step view;                                     // the step; a flat one has the whole plane as its one row
     bool flat;
+    bool bordered;                                 // the input has a border of zeros as wide as the kernel reads
     int64_t tile_images, tile_rows, tile_columns;  // outputs of a tile; images lie side by side
+    int64_t strips, strip_rows;                    // or strips of one image do, each of so many rows
     int64_t pitch;                                 // floats between two packed rows
     int64_t rows;                                  // packed rows of a slot
     int64_t slot_size;                             // floats of a slot
@@ -320,13 +412,16 @@ struct Conv {
     int64_t nonzero;
     std::vector<Slot> slots;                       // of all groups and blocks
     std::vector<int64_t> slot_start;               // [group * blocks + block]
-    std::vector<Weight> weights;                   // [group][block][filter of the group]
-    std::vector<int64_t> start;                    // [(group * blocks + block) * filters of a group + filter]
+    bool quick;                                    // run_filters does it
+    bool far;                                      // weights and outputs are more than FAR bytes
+    std::vector<Piece> pieces;                     // [tile][vector]
+    std::vector<Weight> weights;                   // [group][block][row]
+    std::vector<Row> row;                          // [group][block]: the filters of each chunk, those with equally many weights together
+    std::vector<int64_t> start;                    // first weight of a row; dense: [(group * blocks + block) * filters of a group + filter]
     std::vector<int32_t> offsets;                  // dense: [group][block], shared by the filters
     std::vector<int64_t> offset_start;
     std::vector<float> values;                     // dense: [group][block][filters in fours][offset][DENSE_FILTERS]
     std::vector<int64_t> chunk;                    // first filter of each chunk, and the end
-    std::vector<int32_t> order;                    // [group][block]: the filters of each chunk, those with equally many weights together
 };
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -341,6 +436,18 @@ static int64_t pitch_of(int64_t n) {
     return round_up(n, LANES);
 }
 
+// Whether run_filters can do a convolution, whatever its tiles.
+static bool can_be_quick(const Step &s) {
+    return !s.dense && !s.mode && s.activation == CLAMP && (s.other.buffer < 0 || s.other.pitch == s.out.pitch);
+}
+
+// Whether the input has a border of zeros as wide as the kernel reads, so that shifted rows are plain copies.
+static bool is_bordered(const Step &s) {
+    const int64_t border = s.in.pitch - s.width;
+    const int64_t reach = most(most(s.pad_h, (s.kernel_h - 1) * s.dilation_h - s.pad_h), most(s.pad_w, (s.kernel_w - 1) * s.dilation_w - s.pad_w));
+    return s.shifted && !s.direct && s.stride_h == 1 && s.stride_w == 1 && border > 0 && border >= reach;
+}
+
 static void choose_tile(const Step &s, Conv &c) {
     const int64_t room = LANES * least(s.vectors, s.dense ? DENSE_VECTORS : TILE_VECTORS);
     const int64_t reach = s.shifted || s.direct ? 0 : (s.kernel_w - 1) * s.dilation_w / s.stride_w;  // columns read beyond the tile's
@@ -349,13 +456,16 @@ static void choose_tile(const Step &s, Conv &c) {
     if (c.tile_columns < s.out_width)  // equal parts
         c.tile_columns = least(c.tile_columns, round_up(ceil_div(s.out_width, ceil_div(s.out_width, c.tile_columns)), LANES));
     c.pitch = pitch_of(c.tile_columns + reach);
-    if (s.shifted && s.images > 1 && c.tile_columns == s.out_width) {
-        c.tile_images = most(1, least(s.images, room / (s.out_width * s.out_height)));
-        c.pitch = pitch_of(c.tile_images * c.tile_columns);
+    c.strips = 1;
+    if (s.shifted && s.out_width <= LANES / 2) {  // a row of several images, or of several strips of one, fills a vector
+        c.tile_images = least(s.images, LANES / s.out_width);
+        if (s.images == 1 && c.bordered && can_be_quick(s)) c.strips = least(s.out_height, LANES / s.out_width);
+        if (c.tile_images * c.strips > 1) c.pitch = LANES;
     }
-    c.tile_rows = most(1, least(s.out_height, room / c.pitch));
-    c.tile_rows = ceil_div(s.out_height, ceil_div(s.out_height, c.tile_rows));
-    c.vectors = ceil_div((c.tile_rows - 1) * c.pitch + c.tile_images * c.tile_columns, LANES);
+    c.strip_rows = ceil_div(s.out_height, c.strips);
+    c.tile_rows = most(1, least(c.strip_rows, room / c.pitch));
+    c.tile_rows = ceil_div(c.strip_rows, ceil_div(c.strip_rows, c.tile_rows));
+    c.vectors = ceil_div((c.tile_rows - 1) * c.pitch + c.tile_images * c.strips * c.tile_columns, LANES);
     c.rows = c.tile_rows + (s.kernel_h - 1) * s.dilation_h / s.stride_h;
     c.slot_size = round_up(c.rows * c.pitch, LANES);
 }
@@ -367,6 +477,46 @@ static int64_t direct_offset(const Step &s, int64_t plane, int64_t row, int64_t 
     const int64_t y = floor_div(row, s.stride_h), x = floor_div(column, s.stride_w);
     if (s.phases > 1) plane += (row - y * s.stride_h) * s.stride_w + column - x * s.stride_w;
     return plane * s.in.plane + y * s.in.pitch + x;
+}
+
+// Chunks of filters with about equal work: one unit a weight, and a few for each filter.
+static void share_out(const Step &s, Conv &c) {
+    const int64_t filters = s.filters / s.groups, size = s.channels / s.groups * s.kernel_h * s.kernel_w;
+    const int64_t chunks = most(1, least(s.chunks, ceil_div(filters, DENSE_FILTERS)));
+    std::vector<int64_t> work(filters, 4);
+    int64_t total = 0;
+    for (int64_t f = 0; f < filters; f++) {
+        for (int64_t g = 0; g < s.groups && !s.dense && chunks > 1; g++)
+            for (int64_t j = 0; j < size; j++) work[f] += s.weight[(g * filters + f) * size + j] != 0;
+        total += work[f];
+    }
+    int64_t sum = 0;
+    c.chunk.push_back(0);
+    for (int64_t f = 0; f < filters; f++) {
+        if ((int64_t)c.chunk.size() < chunks && sum * chunks >= total * (int64_t)c.chunk.size() && f % DENSE_FILTERS == 0) c.chunk.push_back(f);
+        sum += work[f];
+    }
+    c.chunk.push_back(filters);
+}
+
+// Where the vectors of each tile belong, if run_filters can do this convolution: a vector lies within one row of the output.
+static void place_pieces(const Step &s, Conv &c) {
+    c.quick = can_be_quick(s) && (c.flat || c.pitch % LANES == 0);
+    if (!c.quick) return;
+    const int64_t side = c.tile_images * c.strips;
+    for (int64_t y0 = 0; y0 < c.strip_rows; y0 += c.tile_rows)
+        for (int64_t x0 = 0; x0 < s.out_width; x0 += c.tile_columns)
+            for (int64_t m = 0; m < side; m++)
+                for (int64_t v = 0; v < c.vectors; v++) {
+                    const int64_t row = c.flat ? 0 : y0 + v * LANES / c.pitch, x = x0 + (c.flat ? v * LANES : v * LANES % c.pitch);
+                    const int64_t first = m * c.tile_columns, end = side > 1 ? first + s.out_width : least(s.out_width, x0 + c.tile_columns) - x;
+                    const int64_t y = row + (c.strips > 1 ? m * c.strip_rows : 0);
+                    Piece piece = {(int32_t)(c.flat ? x : y * s.out.pitch + x - first), 0};
+                    for (int64_t l = first; l < least(LANES, end); l++)
+                        if (row < c.strip_rows && y < s.out_height && (!c.flat || !s.mask || s.mask[x + l])) piece.bits |= 1u << l;
+                    if (!piece.bits) piece.place = 0;
+                    c.pieces.push_back(piece);
+                }
 }
 
 extern "C" void *conv_prepare(const Step *step) {
@@ -381,16 +531,19 @@ extern "C" void *conv_prepare(const Step *step) {
         s.height = s.out_height = 1;
     }
     const int64_t planes = most(1, s.phases);  // of a channel
+    c.bordered = !c.flat && is_bordered(s);
     choose_tile(s, c);
+    c.bordered = c.bordered && c.pitch % LANES == 0;
     const int64_t channels = s.channels / s.groups, filters = s.filters / s.groups, taps = s.kernel_h * s.kernel_w;
     // slots of a channel: one for each row phase, times one for each kernel column (shifted) or column phase
     const int64_t copies = s.shifted ? s.kernel_w : least(s.stride_w, (s.kernel_w - 1) * s.dilation_w + 1);
     const int64_t phases = least(s.stride_h, (s.kernel_h - 1) * s.dilation_h + 1);
     const int64_t channel_bytes = 4 * copies * phases * c.slot_size;
-    const int64_t block = s.direct ? channels : most(1, least(channels, s.block_bytes / channel_bytes));
+    const int64_t block = most(1, least(channels, s.block_bytes / (s.direct ? 4 * planes * c.vectors * LANES : channel_bytes)));
     c.blocks = ceil_div(channels, block);
     c.most_slots = 0;
     c.nonzero = 0;
+    share_out(s, c);
     std::vector<int32_t> slot_of(copies * phases), offset_of(block * taps);
     std::vector<char> used(taps);
     for (int64_t g = 0; g < s.groups; g++)
@@ -425,14 +578,23 @@ extern "C" void *conv_prepare(const Step *step) {
                 c.offset_start.push_back(c.offsets.size());
                 c.offsets.insert(c.offsets.end(), offset_of.begin(), offset_of.begin() + (last - first) * taps);
             }
+            std::vector<Row> rows;
             for (int64_t f = 0; f < filters; f++) {
+                rows.push_back({(int32_t)f, 0});
+                for (int64_t j = 0; j < (last - first) * taps; j++) rows[f].count += weight[(f * channels + first) * taps + j] != 0;
+            }
+            for (size_t k = 0; k + 1 < c.chunk.size() && !s.dense; k++)  // loops of equal length one after the other: their ends are predicted
+                std::stable_sort(rows.begin() + c.chunk[k], rows.begin() + c.chunk[k + 1], [](Row a, Row b) { return a.count < b.count; });
+            c.row.insert(c.row.end(), rows.begin(), rows.end());
+            for (int64_t k = 0; k < filters; k++) {
+                const int64_t f = rows[k].filter;
                 c.start.push_back(s.dense ? c.values.size() : c.weights.size());
                 if (s.dense && f % DENSE_FILTERS) continue;
                 const int64_t together = s.dense ? least(DENSE_FILTERS, filters - f) : 1;
                 for (int64_t j = 0; j < (last - first) * taps; j++) {
                     const float *value = weight + (f * channels + first) * taps + j;
                     if (s.dense)
-                        for (int64_t k = 0; k < DENSE_FILTERS; k++) c.values.push_back(k < together ? value[k * channels * taps] : 0);
+                        for (int64_t i = 0; i < DENSE_FILTERS; i++) c.values.push_back(i < together ? value[i * channels * taps] : 0);
                     else if (*value != 0)
                         c.weights.push_back({offset_of[j], *value});
                 }
@@ -442,30 +604,8 @@ extern "C" void *conv_prepare(const Step *step) {
     c.offset_start.push_back(c.offsets.size());
     c.start.push_back(s.dense ? c.values.size() : c.weights.size());
     c.nonzero = c.weights.size();
-    // chunks of filters with about equal work: one unit a weight, and a few for each filter
-    const int64_t chunks = most(1, least(s.chunks, ceil_div(filters, DENSE_FILTERS)));
-    std::vector<double> work(filters, s.dense ? 1.0 : 4.0);
-    double total = 0;
-    for (int64_t f = 0; f < filters; f++) {
-        for (int64_t i = 0; i < s.groups * c.blocks && !s.dense; i++) work[f] += c.start[i * filters + f + 1] - c.start[i * filters + f];
-        total += work[f];
-    }
-    double sum = 0;
-    c.chunk.push_back(0);
-    for (int64_t f = 0; f < filters; f++) {
-        if ((int64_t)c.chunk.size() < chunks && sum >= total * c.chunk.size() / chunks && f % DENSE_FILTERS == 0) c.chunk.push_back(f);
-        sum += work[f];
-    }
-    c.chunk.push_back(filters);
-    // loops of equal length one after the other: the processor predicts their ends
-    for (int64_t i = 0; i < s.groups * c.blocks; i++) {
-        const int64_t *start = c.start.data() + i * filters;
-        for (int64_t f = 0; f < filters; f++) c.order.push_back(f);
-        const auto order = c.order.end() - filters;
-        for (size_t k = 0; k + 1 < c.chunk.size() && !s.dense; k++)
-            std::stable_sort(order + c.chunk[k], order + c.chunk[k + 1],
-                             [start](int32_t a, int32_t b) { return start[a + 1] - start[a] < start[b + 1] - start[b]; });
-    }
+    place_pieces(s, c);
+    c.far = c.weights.size() * sizeof(Weight) + s.filters * s.out.plane * sizeof(float) > FAR;
     return conv;
 }
 
@@ -506,6 +646,49 @@ static void pack_slot(const Step &s, const Conv &c, const Slot &slot, const floa
     }
 }
 
+// The same for all slots of a block where the input has a border, so that all that a tile's pixels need is there. A row is W vectors,
+// or, with W = 0, c.pitch floats.
+template <int W>
+static void pack_wide(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t y0, int64_t x0, float *packed) {
+    const int64_t limit = s.height + s.in.pitch - s.width - y0;
+    const int64_t wide = W ? W : c.pitch / LANES, apart = s.in.pitch, size = c.slot_size;
+    for (int64_t k = 0; k < count; k++, packed += size) {
+        const float *from = in + slots[k].channel * s.in.plane + (y0 + slots[k].row) * apart + x0 + slots[k].column;
+        const int64_t rows = least(slots[k].used, limit - slots[k].row);
+        float *to = packed;
+        for (int64_t r = 0; r < rows; r++, from += apart)
+            for (int64_t v = 0; v < wide; v++, to += LANES) *(vec *)to = load(from + v * LANES);
+    }
+}
+
+// The same for small images, or strips of one, side by side, N floats of each row at a time: the next one overwrites what is too much.
+template <int N>
+static void pack_narrow(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t side, int64_t y0, float *packed) {
+    const int64_t limit = s.height + s.in.pitch - s.width - y0;
+    const int64_t lower = c.strips > 1 ? c.strip_rows : 0, apart = c.strips > 1 ? lower * s.in.pitch : s.in.image;
+    const int64_t floats = N ? N : c.tile_columns;
+    for (int64_t k = 0; k < count; k++, packed += c.slot_size) {
+        const float *from = in + slots[k].channel * s.in.plane + (y0 + slots[k].row) * s.in.pitch + slots[k].column;
+        for (int64_t m = 0; m < side; m++, from += apart) {
+            const int64_t rows = least(slots[k].used, limit - slots[k].row - m * lower);
+            float *to = packed + m * c.tile_columns;
+            for (int64_t r = 0; r < rows; r++) std::memcpy(to + r * LANES, from + r * s.in.pitch, floats * sizeof(float));
+        }
+    }
+}
+
+static void pack_bordered(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t side, int64_t y0, int64_t x0,
+                          float *packed) {
+    if (c.tile_images * c.strips == 1) {
+        const auto pack = c.pitch == LANES ? pack_wide<1> : c.pitch == 2 * LANES ? pack_wide<2> : c.pitch == 4 * LANES ? pack_wide<4> : pack_wide<0>;
+        pack(s, c, slots, count, in, y0, x0, packed);
+        return;
+    }
+    const int64_t last = LANES - (c.tile_images * c.strips - 1) * c.tile_columns;  // floats that the last one may write
+    const auto pack = c.tile_columns > 4 && last >= 8 ? pack_narrow<8> : c.tile_columns <= 4 && last >= 4 ? pack_narrow<4> : pack_narrow<0>;
+    pack(s, c, slots, count, in, side, y0, packed);
+}
+
 // Packing for a matrix of tokens x channels, a token every `image` floats: packed[x] = in[x0 + x][channel].
 static void pack_tokens(const Step &s, const Conv &c, const Slot *slots, int64_t count, const float *in, int64_t x0, float *packed) {
     const int64_t columns = least(c.tile_columns, s.out_width - x0);
@@ -534,7 +717,7 @@ struct Scratch {  // of one thread
 static int64_t conv_tasks(const Step &step) {
     const Conv &c = *(const Conv *)step.prepared;
     const Step &s = c.view;
-    return ceil_div(s.images, c.tile_images) * s.groups * ceil_div(s.out_height, c.tile_rows) * ceil_div(s.out_width, c.tile_columns) *
+    return ceil_div(s.images, c.tile_images) * s.groups * ceil_div(c.strip_rows, c.tile_rows) * ceil_div(s.out_width, c.tile_columns) *
            (c.chunk.size() - 1);
 }
 
@@ -542,7 +725,7 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
     const Conv &c = *(const Conv *)step.prepared;
     const Step &s = c.view;
     const int64_t chunks = c.chunk.size() - 1;
-    const int64_t wide = ceil_div(s.out_width, c.tile_columns), high = ceil_div(s.out_height, c.tile_rows);
+    const int64_t wide = ceil_div(s.out_width, c.tile_columns), high = ceil_div(c.strip_rows, c.tile_rows);
     const int64_t chunk = task % chunks, x0 = task / chunks % wide * c.tile_columns, y0 = task / chunks / wide % high * c.tile_rows;
     const int64_t group = task / chunks / wide / high % s.groups, n0 = task / chunks / wide / high / s.groups * c.tile_images;
     const int64_t images = least(c.tile_images, s.images - n0);
@@ -554,18 +737,6 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
     float *out = buffers[s.out.buffer] + s.out.offset + n0 * s.out.image;
     const float *other = s.other.buffer < 0 ? nullptr : buffers[s.other.buffer] + s.other.offset + n0 * s.other.image;
     const int64_t vectors = c.flat ? ceil_div(columns, LANES) : c.vectors;  // the last tile of a flat one is shorter
-    if (s.direct && !s.dense && s.activation == CLAMP && images == 1 && (s.mask || columns % LANES == 0)) {
-        const Complete run = COMPLETE[vectors];
-        const int64_t *start = c.start.data() + group * filters;
-        for (int64_t k = from; k < to; k++) {
-            const int64_t f = c.order[group * filters + k];
-            const int64_t plane = group * filters + f;
-            const Finish with = {s.bias ? s.bias[plane] : 0, (float)s.low, (float)s.high, other ? other + plane * s.other.plane + x0 : nullptr,
-                                 s.mask ? s.mask + x0 : nullptr};
-            run(out + plane * s.out.plane + x0, in + x0, c.weights.data() + start[f], start[f + 1] - start[f], with);
-        }
-        return;
-    }
     float *sums = scratch.floats(many * tile + c.most_slots * c.slot_size + tile + 2 * SLACK);
     float *packed = sums + many * tile;
     for (int64_t b = 0; b < c.blocks; b++) {
@@ -577,22 +748,50 @@ static void conv_task(const Step &step, float **buffers, int64_t task, Scratch &
             inputs = in + x0;
         } else if (s.mode) {
             pack_tokens(s, c, slots, count, in, x0, packed);
+        } else if (c.bordered) {
+            pack_bordered(s, c, slots, count, in, c.strips > 1 ? c.strips : images, y0, x0, packed);
         } else {
             for (int64_t k = 0; k < count; k++) pack_slot(s, c, slots[k], in, images, y0, x0, packed + k * c.slot_size);
         }
+        if (c.quick) {
+            const bool clean = c.blocks == 1;
+            const Run run = {c.row.data() + index * filters + from,
+                             to - from,
+                             c.weights.data() + c.start[index * filters + from],
+                             inputs,
+                             clean ? nullptr : sums - from * vectors * LANES,
+                             b == 0,
+                             b == c.blocks - 1,
+                             c.far,
+                             s.bias ? s.bias + group * filters : nullptr,
+                             other ? other + group * filters * s.other.plane : nullptr,
+                             out + group * filters * s.out.plane,
+                             s.out.plane,
+                             s.other.plane,
+                             c.strips > 1 ? c.strips : images,
+                             c.strips > 1 ? 0 : s.out.image,
+                             c.strips > 1 ? 0 : s.other.image,
+                             c.pieces.data() + (y0 / c.tile_rows * wide + x0 / c.tile_columns) * c.tile_images * c.strips * c.vectors,
+                             (float)s.low,
+                             (float)s.high};
+            RUN_FILTERS[vectors](run);
+            continue;
+        }
         for (int64_t k = from; k < to; k++) {
-            const int64_t f = c.order[index * filters + k];
+            const int64_t f = c.row[index * filters + k].filter;
             float *sum = sums + (f - from) % many * tile;
             if (b == 0) {
                 const vec bias = all(s.bias ? s.bias[group * filters + f] : 0);
                 for (int64_t v = 0; v < c.vectors; v++) *(vec *)(sum + v * LANES) = bias;
             }
             if (!s.dense) {
-                const int64_t at = c.start[index * filters + f], weights = c.start[index * filters + f + 1] - at;
-                if (weights) ACCUMULATE[vectors](sum, inputs, c.weights.data() + at, weights);
+                const int64_t weights = c.row[index * filters + k].count;
+                if (weights) ACCUMULATE[vectors](sum, inputs, c.weights.data() + c.start[index * filters + k], weights);
             } else if ((f - from) % DENSE_FILTERS == DENSE_FILTERS - 1 || f == to - 1) {
                 const int64_t four = f - (f - from) % DENSE_FILTERS;
                 const int64_t offset = c.offset_start[index];
+                for (int64_t d = four; d <= f && c.far && c.flat; d++)  // needed when the sums are ready
+                    for (int64_t x = 0; x < columns; x += LANES) __builtin_prefetch(out + (group * filters + d) * s.out.plane + x0 + x, 1);
                 ACCUMULATE_DENSE[vectors](sums + (four - from) % many * tile, tile, inputs, c.offsets.data() + offset,
                                             c.values.data() + c.start[index * filters + four], c.offset_start[index + 1] - offset);
             }
@@ -791,6 +990,16 @@ static void plane_task(const Step &s, float **buffers, int64_t task, Scratch &sc
                 const int32_t row = s.rows[y], column = s.columns[x];
                 out[y * s.out.pitch + x] = row < 0 || column < 0 ? (float)s.low : in[row * s.in.pitch + column];
             }
+    } else if (s.kind == PHASES && s.phases == 4 && s.stride_w == 2 && s.width == 2 * s.out_width && s.height == 2 * s.out_height) {
+        for (int64_t y = 0; y < s.height; y++) {  // an even row has the first two phases, an odd row the others
+            const float *from = in + y * s.in.pitch;
+            float *row = out + y % 2 * 2 * s.out.plane + y / 2 * s.out.pitch;
+            for (int64_t x = 0; x < s.out_width; x += LANES) {
+                const uint32_t bits = x + LANES <= s.out_width ? (1u << LANES) - 1 : (1u << (s.out_width - x)) - 1;
+                store_some(row + x, evens(load(from + 2 * x), load(from + 2 * x + LANES)), bits);
+                store_some(row + s.out.plane + x, evens(load(from + 2 * x + 1), load(from + 2 * x + 1 + LANES)), bits);
+            }
+        }
     } else if (s.kind == PHASES) {
         for (int64_t p = 0; p < s.phases; p++) {
             const int64_t a = p / s.stride_w, b = p % s.stride_w;
@@ -867,9 +1076,9 @@ struct Job {
     float **buffers;
     int64_t *nanoseconds;             // of each step, or null
     int64_t threads;
-    std::vector<std::atomic<int64_t>> next;     // task of each step
+    std::vector<std::atomic<int64_t>> next;     // task of each step; empty for one thread
     std::vector<std::atomic<int64_t>> arrived;  // threads that have finished it
-    Job(const Step *s, int64_t n, float **b, int64_t *ns, int64_t t) : steps(s), count(n), buffers(b), nanoseconds(ns), threads(t), next(n), arrived(n) {
+    Job(const Step *s, int64_t n, float **b, int64_t *ns, int64_t t) : steps(s), count(n), buffers(b), nanoseconds(ns), threads(t), next(t > 1 ? n : 0), arrived(next.size()) {
         for (auto &value : next) value = 0;
         for (auto &value : arrived) value = 0;
     }
@@ -879,7 +1088,8 @@ static void work(Job &job, int64_t thread, Scratch &scratch) {
     for (int64_t i = 0; i < job.count; i++) {
         const Step &s = job.steps[i];
         const int64_t tasks = tasks_of(s);
-        const auto began = std::chrono::steady_clock::now();
+        std::chrono::steady_clock::time_point began;
+        if (job.nanoseconds) began = std::chrono::steady_clock::now();
         if (job.threads == 1) {
             for (int64_t task = 0; task < tasks; task++) do_task(s, job.buffers, task, scratch);
         } else {
@@ -903,6 +1113,7 @@ struct Team {
     std::condition_variable wake;
     Job *job = nullptr;
     int64_t round = 0, wanted = 0;
+    std::atomic<int64_t> announced{0};  // round, for those that still spin
     std::atomic<int64_t> finished{0};
     std::vector<std::thread> threads;
     pid_t process = getpid();
@@ -912,6 +1123,7 @@ struct Team {
         int64_t seen = 0;
         for (;;) {
             Job *mine;
+            for (int i = 0; i < PATIENCE && announced.load() == seen; i++) rest();  // the next call often comes at once
             {
                 std::unique_lock<std::mutex> held(lock);
                 wake.wait(held, [&] { return round != seen && (seen = round, number < wanted); });
@@ -934,6 +1146,7 @@ struct Team {
             wanted = with.threads;
             round++;
         }
+        announced = round;
         wake.notify_all();
         work(with, 0, scratch);
         spin([&] { return finished.load() == with.threads - 1; });
