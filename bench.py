@@ -283,8 +283,9 @@ def main():
         if options.record:
             page = Path(__file__).parent / 'results' / 'bench' / f'{name}.md'
             page.parent.mkdir(exist_ok=True)
+            subject = 'What shrink() removes' if name == 'zoo' else 'Speed'
             page.write_text(
-                f'# Speed: {name}\n\nMade by `python bench.py {name} --record`.\n\n```\n' + '\n'.join(LINES) + '\n```\n'
+                f'# {subject}: {name}\n\nMade by `python bench.py {name} --record`.\n\n```\n' + '\n'.join(LINES) + '\n```\n'
             )
 
 

@@ -20,8 +20,10 @@ import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -153,17 +155,17 @@ def sentence(error):
     return f'{type(error).__name__}: {" ".join(f"{error}".split())[:160]}'.rstrip(': ')
 
 
-def compare_network(name, seconds=SECONDS):
+def compare_network(name, seconds=SECONDS, without=''):
     """{what the page of results shows of one network}; 'theirs' is None, and 'reason' says why, where Torch-Pruning fails.
 
-    Where we fail, 'refused' says why. seconds: the limit of each part.
+    Where we fail, 'refused' says why. seconds: the limit of each part. without: why Torch-Pruning is left out, if it is.
     """
     net, example = build(name)
     masked = copy.deepcopy(net)
-    row = {'network': name, 'parameters': parameters(net), 'theirs': None, 'reason': ''}
+    row = {'network': name, 'parameters': parameters(net), 'theirs': None, 'reason': without}
     try:
         with time_limit(seconds):
-            row |= their_part(net, example, masked)
+            row |= {} if without else their_part(net, example, masked)
     except Exception as error:
         row['reason'] = sentence(error)
         masked = copy.deepcopy(net)
@@ -225,9 +227,24 @@ def readme_part(net, example):
 
 
 def compare_apart(name, seconds=SECONDS, gigabytes=GIGABYTES):
-    """compare_network() in a process of its own, which may take so much memory; one that dies gives a row that says so."""
-    words = [sys.executable, '-m', 'harness.zoo', '--one', name, str(seconds), str(gigabytes)]
-    start = {'network': name, 'parameters': None, 'theirs': None, 'reason': '', 'ours': 0}
+    """compare_network() in a process of its own, which may take so much memory.
+
+    Where that process dies, or Torch-Pruning has filled the memory, another one does our parts without it.
+    """
+    row = row_of_process(name, seconds, gigabytes)
+    reason = row['reason']
+    if 'refused' in row and row['parameters'] is None:
+        reason = f'its process or ours: {row["refused"]}'
+    elif 'Memory' not in reason and 'allocate' not in reason:
+        return row
+    again = row_of_process(name, seconds, gigabytes, reason)
+    return row if again['parameters'] is None else again
+
+
+def row_of_process(name, seconds, gigabytes, without=''):
+    """The row that a new process gives; one that dies gives a row that says so. without: see compare_network()."""
+    words = [sys.executable, '-m', 'harness.zoo', '--one', name, str(seconds), str(gigabytes), without]
+    start = {'network': name, 'parameters': None, 'theirs': None, 'reason': without, 'ours': 0}
     try:
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=4 * seconds + 60)
     except subprocess.TimeoutExpired:
@@ -278,7 +295,15 @@ def page(rows):
     """The rows as the lines of a page: a table, what failed, and what is to be read with it."""
     title = f'{"network":<30} {"parameters":>12} {"ours":>12} {"theirs":>12} {"ratio":>7} {"s":>6} {"their s":>7}'
     title += f' {"differs by":>10} {"theirs by":>10} {"L1 30 %":>8}'
-    lines = [title]
+    import timm
+    import torchvision
+
+    versions = f'torchvision {torchvision.__version__}, timm {timm.__version__}, Torch-Pruning {version("torch-pruning")}'
+    explained = (
+        "parameters that each removes of the same dead channels; seconds; how far outputs are from the masked network's, "
+    )
+    explained += f'of the largest; and what L1FilterPruner at {RATIO:.0%} and shrink() remove'
+    lines = [versions, *textwrap.wrap(explained, 126), '', title]
     notes = []
     for row in rows:
         name, theirs = row['network'], row['theirs']
@@ -299,7 +324,11 @@ def page(rows):
             notes.append(f'{name}: Torch-Pruning: {row["reason"]}')
         if row.get('l1 refused') and row['l1 refused'] != refused:
             notes.append(f'{name}: L1: {row["l1 refused"]}')
-        notes += [f'{name}: {said}' for said in row.get('said', [])]
+        if said := row.get('said'):
+            more = f' and so do {len(said) - 1} others' if len(said) > 1 else ''
+            notes.append(f'{name}: ours: {said[0]}{more}')
+        if theirs and not refused and row['ours'] < 0.999 * theirs:
+            notes.append(f'{name}: ours removes less: {why_less(row)}')
     compared = [row for row in rows if row['theirs'] and not row.get('refused')]
     equal = sum(row['ours'] >= 0.999 * row['theirs'] for row in compared)
     lines += [
@@ -310,22 +339,30 @@ def page(rows):
     return [*lines, '', f'commits {", ".join(sorted({str(row.get("commit")) for row in rows}))}']
 
 
+def why_less(row):
+    """Why we remove less than Torch-Pruning, as far as the row tells."""
+    gap = row['their difference']
+    if gap > 1e-3:
+        return f'what Torch-Pruning cuts changes what the network computes, by {gap:.1e} of the largest output'
+    return 'to be looked at'
+
+
 def figure(row, key, form):
     """A number of a row in its column, or as many blanks."""
     width = int(form.split('.')[0])
     return format(row[key], form) if key in row else ' ' * width
 
 
-def one(name, seconds, gigabytes):
+def one(name, seconds, gigabytes, without):
     """What the process of compare_apart() does: a row as the last line that it prints."""
     limit = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
-    print(json.dumps(compare_network(name, seconds)))
+    print(json.dumps(compare_network(name, seconds, without)))
 
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--one']:
-        one(sys.argv[2], float(sys.argv[3]), float(sys.argv[4]))
+        one(sys.argv[2], float(sys.argv[3]), float(sys.argv[4]), sys.argv[5])
     else:
         print('\n'.join(page(zoo(sys.argv[1:]))))
