@@ -276,6 +276,7 @@ def parse_command(command, argv):
         ours = "normalisation of a network that lies in no run folder (default: the dataset's)"
         add('--mean', type=float, nargs='+', help=ours)
         add('--std', type=float, nargs='+', help='the same')
+        add('--image-size', type=positive, metavar='N', help='of --dataset folder and imagenet, for such a network')
         add(
             '--trust',
             action='store_true',

@@ -149,7 +149,11 @@ def evaluate_network(path, args, device):
         raise RunError(f'{path} lies in no run folder: name the data with --dataset')
     if run is None or args.dataset not in (None, run['dataset']):
         run = vars(arguments.parse([f'--dataset={args.dataset}', '--method=dense']))
-    run |= {name: value for name, value in (('mean', args.mean), ('std', args.std)) if value is not None}
+    run |= {
+        name: value
+        for name, value in (('mean', args.mean), ('std', args.std), ('image_size', args.image_size))
+        if value is not None
+    }
     images = test_images(args, {'args': run | {'channels_last': False, 'val_size': 0, 'limit_train': None}}, device)
     share = accuracy(network, images)
     parameters = sum(parameter.numel() for parameter in network.parameters())
