@@ -194,7 +194,8 @@ def torchvision_state(name, in_channels, image_size):
     try:
         net = models.get_model(name, weights=weights, progress=False, **options)
     except Exception as error:  # the network, the file, the disk: the ways on are the same
-        raise cannot_be_had(name, f'{weights.url} and {folder / Path(weights.url).name}', error, 'that file') from None
+        file = folder / Path(weights.url).name
+        raise cannot_be_had(name, f'{weights.url} and {file}', error, 'that file, put it there, or') from None
     shown = weights.transforms()
     return net.state_dict(), weights.name, shown.mean, shown.std
 
@@ -209,7 +210,7 @@ def timm_state(name, in_channels, image_size):
     try:
         net = timm.create_model(name, pretrained=True, **options)
     except Exception as error:
-        raise cannot_be_had(name, f'{place} (as timm names it) and its cache', error, 'its model.safetensors') from None
+        raise cannot_be_had(name, f'{place} (as timm names it) and its cache', error, 'its model.safetensors,') from None
     return net.state_dict(), f'{facts.architecture}.{facts.tag}', facts.mean, facts.std
 
 
@@ -217,7 +218,7 @@ def cannot_be_had(name, places, error, file):
     """The RuntimeError for weights that cannot be downloaded."""
     return RuntimeError(
         f'the weights of {name} could not be had; looked in {places} ({one_line(error)}): '
-        f'where you have {file}, give it with --from FILE instead of --pretrained'
+        f'where you have {file} give it with --from FILE instead of --pretrained'
     )
 
 

@@ -1,5 +1,6 @@
 """Weights to start from: of a finished run, of a file, or the published ones of torchvision and timm."""
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -48,11 +49,14 @@ def read_weights(path):
 
             content = load_file(path)
         else:
+            check_sums(path)
             content = torch.load(path, map_location='cpu', weights_only=True)
     except ImportError:
         raise RunError(f'--from {path} needs safetensors: pip install safetensors') from None
     except Exception as error:  # damage shows as one of many exceptions
-        raise RunError(f'--from {path} is no file of weights that can be read safely ({error_line(error)})') from None
+        raise RunError(
+            f'--from {path} is no file of weights that can be read safely ({error_line(error)}); a file of state_dict() is'
+        ) from None
     for key in WRAPPINGS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -61,6 +65,14 @@ def read_weights(path):
     if all(name.startswith('module.') for name in content):
         content = {name.removeprefix('module.'): tensor for name, tensor in content.items()}
     return content
+
+
+def check_sums(path):
+    """Raises ValueError where a file of torch.save is damaged, at which torch.load does not look; older files have no sums."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as parts:
+            if damaged := parts.testzip():
+                raise ValueError(f'it is damaged: the checksum of {damaged} is wrong')
 
 
 def error_line(error):

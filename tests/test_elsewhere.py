@@ -224,6 +224,9 @@ def test_weights_in_files_of_any_wrapping(tmp_path):
     save_file(state, tmp_path / 'c.safetensors')
     read = weights.weights_of(str(tmp_path / 'c.safetensors'))
     assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    damaged = bytearray((tmp_path / 'a.pth').read_bytes())
+    damaged[damaged.index(state['0.weight'].numpy().tobytes())] ^= 0xFF
+    (tmp_path / 'h.pth').write_bytes(damaged)
     torch.save([1, 2], tmp_path / 'd.pth')
     (tmp_path / 'e.pth').write_bytes(b'nothing')
     torch.save(classifier(3), tmp_path / 'f.pth')  # a module: code
@@ -232,6 +235,7 @@ def test_weights_in_files_of_any_wrapping(tmp_path):
         ('e.pth', 'read safely'),
         ('f.pth', 'read safely'),
         ('g.pth', 'there is no'),
+        ('h.pth', 'damaged'),
     ):
         with pytest.raises(weights.RunError, match=message):
             weights.weights_of(str(tmp_path / name))
@@ -243,12 +247,30 @@ def test_a_failed_download_says_where_it_looked_and_how_to_go_on(monkeypatch, tm
     monkeypatch.setattr(torch.hub, 'download_url_to_file', no_network)
     said = refusal('--model=torchvision/mobilenet_v3_small', '--pretrained', '--dataset=digits')
     assert 'are for images of 3 channels, not 1' in said
-    with pytest.raises(RuntimeError, match='looked in https://.*resnet18.* and .*checkpoints.*no network.*--from FILE') as stop:
+    with pytest.raises(
+        RuntimeError,
+        match='looked in https://.*resnet18.* and .*checkpoints.*no network.*put it there, or give it with --from FILE',
+    ) as stop:
         archs.pretrained_weights('torchvision/resnet18', 3, 32)
     assert '\n' not in str(stop.value)
     with pytest.raises(ValueError, match='give --image-size 224'):
         archs.pretrained_weights('torchvision/vit_b_32', 3, 32)
     assert models.get_model_weights('resnet18').DEFAULT.url in str(stop.value)
+
+
+def test_a_file_that_is_there_is_used_and_another_number_of_classes_leaves_the_classifier_fresh(monkeypatch, tmp_path):
+    models = pytest.importorskip('torchvision').models
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', no_network)
+    folder = tmp_path / 'hub' / 'checkpoints'
+    folder.mkdir(parents=True)
+    theirs = models.squeezenet1_1().state_dict()
+    torch.save(theirs, folder / models.get_model_weights('squeezenet1_1').DEFAULT.url.rpartition('/')[2])
+    state, called, mean, std = archs.pretrained_weights('torchvision/squeezenet1_1', 3, 32)
+    assert same_state(state, theirs) and called == 'IMAGENET1K_V1' and (mean[0], std[2]) == (0.485, 0.225)
+    net = elsewhere.build_elsewhere('torchvision/squeezenet1_1', 10, 3, 32, pretrained=True)
+    assert load_but_classifier(net, state) == {'classifier.1': (1000, 10)}
+    assert torch.equal(net.features[0].weight, theirs['features.0.weight'])
 
 
 def no_network(*args, **options):
