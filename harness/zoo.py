@@ -142,7 +142,7 @@ def time_limit(seconds):
         raise OutOfTime(f'more than {seconds:g} s')
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again each second: somebody's `except` may swallow the first
     try:
         yield
     finally:
