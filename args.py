@@ -45,15 +45,21 @@ def common_parser():
         allow_abbrev=False,
     )
     parser.add_argument('-h', '--help', action='store_true', help='show this help, with the flags of the chosen --method')
-    switch = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group('what is run').add_argument
     add('--method', default='feather', help='one of: ' + ', '.join(methods.names()) + ' (default: %(default)s)')
     add(
         '--model',
         default='resnet20',
-        help=f'network of archs/: {", ".join(archs.names())}, and any wrn<depth>_<k>[_nobias] (default: %(default)s)',
+        help=f'network of archs/: {", ".join(archs.names())}, and any wrn<depth>_<k>[_nobias]; or torchvision/NAME, timm/NAME, '
+        'or FILE.py:FUNCTION, a function that returns an nn.Module (default: %(default)s)',
     )
+    switch = argparse.BooleanOptionalAction
+    text = (
+        "start from the published weights of torchvision's or timm's network; a pipeline then skips its dense training, unless "
+    )
+    text += 'the data has another number of classes, so that the classifier is fresh'
+    add('--pretrained', action=switch, default=None, help=text)
     text = 'channels of the first stage of a CIFAR ResNet (default: 32; He et al. have 16), a wide ResNet (16k) or a VGG (64)'
     add('--width', type=positive, help=text)
     text = 'a narrower network with at most the parameters, or MACs, that --ptarget leaves: a control, for --method dense'
@@ -64,12 +70,16 @@ def common_parser():
     add(
         '--from',
         metavar='RUN',
-        help='start from the weights of this finished run (its folder or model.pt) instead of pretraining; {seed} is filled in',
+        help='start from the weights of this finished run (its folder or model.pt), or of a file with a state dict, instead of '
+        'pretraining; {seed} is filled in',
     )
+    text = 'estimate the statistics of batch norms again, on N training images, before the final evaluation'
+    add('--recalibrate', dest='recalibrate_images', type=positive, metavar='N', help=text)
     add('--pthres', type=count, default=0, help='prune only layers with at least so many weights (default: %(default)s)')
 
     add = parser.add_argument_group('data').add_argument
     add('--dataset', choices=list(data.DATASETS), default='cifar100', help='(default: %(default)s)')
+    add('--image-size', type=positive, metavar='N', help='side of the images, for --dataset folder and imagenet (default: 224)')
     add('--limit-train', type=positive, metavar='N', help='train on the first N images only')
     add(
         '--val-size',
@@ -159,7 +169,7 @@ def place_flags(add):
         nargs='?',
         const=8,
         default=0,
-        help='loader processes for ImageNet, 8 for the bare switch; small datasets stay in memory (default: %(default)s)',
+        help='loader processes for folders of images, 8 for the bare switch; other data stays in memory (default: %(default)s)',
     )
     add('--gpu', type=count, default=0, metavar='ID', help='GPU device id (default: %(default)s)')
     add('--no-cuda', action='store_true', help='run on the CPU even where there is a GPU')
@@ -205,8 +215,19 @@ def parse(argv):
         parser.error('--small-dense is a control: use it with --method dense')
     if args.dropout >= 1:
         parser.error('--dropout must be below 1')
-    args.sname = args.sname or f'{args.method}_{args.model}'
+    if args.pretrained and vars(args)['from']:
+        parser.error('--pretrained and --from both give weights to start from: leave one out')
+    args.model = archs.absolute(args.model)
+    args.sname = args.sname or f'{args.method}_{short_name(args.model)}'
     return args
+
+
+def short_name(model):
+    """A network's name that can be a part of a file name."""
+    if archs.is_file(model):
+        path, _, function = model.rpartition(':')
+        return f'{Path(path).stem}-{function}'
+    return model.replace('/', '-')
 
 
 def fill_in_data(parser, args):
@@ -215,6 +236,9 @@ def fill_in_data(parser, args):
     for knob in ('pad', 'pad_mode', 'flip', 'mean', 'std'):
         if getattr(args, knob) is None:
             setattr(args, knob, of_dataset[knob])
+    if args.image_size and args.dataset not in ('imagenet', 'folder'):
+        size = data.DATASETS[args.dataset]['image_size']
+        parser.error(f'--image-size is for --dataset folder and imagenet; the images of {args.dataset} are {size}x{size}')
     channels = data.DATASETS[args.dataset]['in_channels']
     args.mean = list(args.mean)
     args.std = list(args.std)
@@ -257,7 +281,12 @@ def parse_command(command, argv):
         ours = "normalisation of a network that lies in no run folder (default: the dataset's)"
         add('--mean', type=float, nargs='+', help=ours)
         add('--std', type=float, nargs='+', help='the same')
-        add('--trust', action='store_true', help='read .pt2 and TorchScript files too, which can carry code that runs')
+        add('--image-size', type=positive, metavar='N', help='of --dataset folder and imagenet, for such a network')
+        add(
+            '--trust',
+            action='store_true',
+            help='read .pt2 and TorchScript files too, and networks of Python files: code that runs',
+        )
     place_flags(add)
     return parser.parse_args(argv, argparse.Namespace(command=command))
 

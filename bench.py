@@ -8,6 +8,7 @@
     python bench.py pack                     networks packed by Dynamic Structure Pruning's masks against the dense ones
     python bench.py sparse                   networks with zeros in the sparse engine against dense engines
     python bench.py memory                   peak memory of a training step of ResNet-50 against the dense step's
+    python bench.py zoo                      what shrink() removes from 60 networks beside Torch-Pruning: an hour, only if named
     ... --threads 2 --device cpu --repeats 60 --methods feather st3 --record
 
 On a CPU use a quiet machine and as many threads as it has cores; a second program on the same cores spoils every figure.
@@ -33,7 +34,7 @@ import archs
 import methods
 from args import parse
 from deploy import fold, pack
-from harness import engine_bench
+from harness import engine_bench, zoo
 from harness.result import hardware
 from harness.side_by_side import blocks_in_turn
 from harness.training import keep_freed_memory, make_optimizer, one_step
@@ -251,6 +252,13 @@ def bench_sparse(device, repeats, names):
         engine_bench.bench_layers(say=say)
 
 
+def bench_zoo(device, repeats, names):
+    rows = zoo.zoo(say=print, path=zoo.ROWS)
+    say('')
+    for line in zoo.page(rows):
+        say(line)
+
+
 def training_methods():
     """The methods that train in one stage, and those whose first stage is more than dense training: they change the step."""
     single = [name for name in methods.names() if methods.load(name).run is methods.Method.run]
@@ -258,7 +266,7 @@ def training_methods():
 
 
 BENCHES = {'threshold': bench_threshold, 'step': bench_step, 'amp': bench_amp, 'criteria': bench_criteria}
-BENCHES |= {'pack': bench_pack, 'memory': bench_memory, 'sparse': bench_sparse}
+BENCHES |= {'pack': bench_pack, 'memory': bench_memory, 'sparse': bench_sparse, 'zoo': bench_zoo}
 
 
 def record(page, name, lines):
@@ -267,7 +275,8 @@ def record(page, name, lines):
     blocks = [block for block in kept if block.splitlines()[0] != lines[0]] + ['\n'.join(lines) + '\n']
     made = f'Made by `python bench.py {name} --record`' + (', with `--threads 1` and `--threads 2`' if name == 'sparse' else '')
     page.parent.mkdir(exist_ok=True)
-    page.write_text(f'# Speed: {name}\n\n{made}.\n\n' + '\n'.join(f'```\n{block}```\n' for block in sorted(blocks)))
+    subject = 'What shrink() removes' if name == 'zoo' else 'Speed'
+    page.write_text(f'# {subject}: {name}\n\n{made}.\n\n' + '\n'.join(f'```\n{block}```\n' for block in sorted(blocks)))
 
 
 def main():
@@ -282,7 +291,7 @@ def main():
     if unknown := set(options.which) - set(BENCHES):
         parser.error(f'there is no bench {sorted(unknown)[0]!r}; there are {", ".join(BENCHES)}')
     torch.set_num_threads(options.threads)
-    for name in options.which or BENCHES:
+    for name in options.which or [name for name in BENCHES if name != 'zoo']:
         LINES.clear()
         say(f'{hardware(options.device)}, torch {torch.__version__}')
         BENCHES[name](options.device, options.repeats, options.methods)

@@ -21,9 +21,10 @@ import archs
 import methods
 from args import parse
 from deploy.files import FileError, read_tensors, write_json, write_tensors
-from harness import commands, result, run_folder
+from harness import commands, recalibrate, result, run_folder
 from harness.data import DataError, load
 from harness.training import keep_freed_memory, lr_factor, make_optimizer, one_step
+from harness.weights import start_weights
 from pruners import processes
 from pruners.processes import say
 from sparse_utils import count_zeros, layers_to_prune
@@ -43,14 +44,15 @@ def main(argv=None):
             say('running on the CPU' + ('' if args.no_cuda else ': PyTorch finds no CUDA device'))
         torch.manual_seed(args.seed)
         data = load(args, device)
-        model = archs.from_args(args, data.num_classes, data.in_channels, data.image_size)
+        copies = run_folder.sources(args.resume)
+        model = archs.from_args(args, data.num_classes, data.in_channels, data.image_size, copies)
         layers_to_prune(model, args.pthres)  # raises ValueError where there are none
         method = methods.load(args.method)(args)
-        if run := vars(args).get('from'):
-            run = run.replace('{seed}', str(args.seed))
-            method.start_from(model, run_folder.weights(run))
-            run_folder.compare_images(run, args)
+        recalibrate.check(model, vars(args).get('recalibrate_images'))
+        if start := start_weights(args, data):
+            method.start_from(model, *start)
         folder, lock = run_folder.open_run(args)
+        run_folder.keep_sources(folder, archs.files_of(args.model))
     except (DataError, FileError, ValueError, RuntimeError) as error:
         sys.exit(f'main.py: error: {error}')
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
@@ -66,6 +68,7 @@ def carry_out(job, method):
         method.announce(job.model)
         method.run(job)
         job.model = method.finalize(job.model)
+        job.recalibrate()
         state = {name: tensor.cpu().contiguous() for name, tensor in job.model.state_dict().items()}
         write_tensors(state, job.folder / 'model.pt')
         figures = result.measure(job, method)
@@ -99,6 +102,7 @@ class Job:
         self.val = data.val
         self.test = data.test
         self.done = {'epochs': 0, 'seconds': 0.0, 'best': 0.0}  # over all stages
+        self.recalibrated = {}  # figures, once it is done
         self.writer = None
 
     def fit(self, method, stage='train', **changes):
@@ -168,6 +172,19 @@ class Job:
     def evaluate(self, loader):
         """Accuracy in percent over a loader, in float32 and eval mode."""
         return result.accuracy(self.model, loader)
+
+    def recalibrate(self):
+        """Estimate the statistics of batch norms again, where --recalibrate says so and it was not done yet.
+
+        For the end, when the weights are final.
+        """
+        number = vars(self.args).get('recalibrate_images')
+        if not number or self.recalibrated:
+            return
+        before = self.evaluate(self.test)
+        seen = recalibrate.recalibrate(self.model, self.train, number, self.done['epochs'], self.args.seed)
+        self.recalibrated = {'recalibrated_images': seen, 'accuracy_before_recalibration': before}
+        say(f'recalibrated batch norms on {seen:,} training images; accuracy before it {before:.2f} %')
 
     def end_epoch(self, line):
         """Count the epoch, and write its line to log.jsonl, to TensorBoard and to the terminal."""

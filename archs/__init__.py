@@ -1,25 +1,30 @@
-"""The networks of the pruning papers, built by name: `archs.build('resnet20', num_classes=100)`.
+"""The networks of the pruning papers, built by name: `archs.build('resnet20', num_classes=100)`; and everybody else's.
 
 Every network is a plain nn.Module from images (N, in_channels, H, W) to logits (N, num_classes). All but
-lenet300_100 end in a global average pool and so take any image from 8x8 up (VGG from 32x32 up).
+lenet300_100 end in a global average pool and so take any image from 8x8 up (VGG from 32x32 up). Networks of torchvision, timm
+and files are built by elsewhere.py.
 """
 
+import difflib
 import re
 
 import torch
 from torch import nn
 
 from .densenet import densenet40_24_bc
+from .elsewhere import absolute, build_elsewhere, files_of, is_elsewhere, is_file, pretrained_state, torchvision_network
 from .lenet import lenet300_100
 from .mobilenet import mobilenet_v1
 from .resnet import cifar_resnet
-from .torchvision_resnet import torchvision_resnet
 from .vgg import vgg_bn
 from .wide_resnet import wrn
 
 CIFAR_RESNETS = ['resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110']
 VGGS = ['vgg16', 'vgg19']
 TORCHVISION = ['resnet18', 'resnet50']
+
+
+__all__ = ['absolute', 'build', 'files_of', 'from_args', 'is_elsewhere', 'is_file', 'names', 'pretrained_weights', 'size_of']
 
 
 def names():
@@ -46,7 +51,12 @@ def build(name, num_classes, width=None, in_channels=3, image_size=32, dropout=0
     """
     is_wrn = re.fullmatch(r'wrn([0-9]+)_([0-9]+)(_nobias)?', name)
     if name not in names() and not is_wrn:
-        raise ValueError(f'unknown network {name!r}: choose one of {", ".join(names())}, or any wrn<depth>_<k>[_nobias]')
+        near = difflib.get_close_matches(name, names(), 3)
+        hint = f' (did you mean {", ".join(near)}?)' if near else ''
+        raise ValueError(
+            f'unknown network {name!r}{hint}: choose one of {", ".join(names())}, or any wrn<depth>_<k>[_nobias], '
+            'torchvision/NAME, timm/NAME or FILE.py:FUNCTION'
+        )
     if width is not None and name not in [*CIFAR_RESNETS, *VGGS] and not is_wrn:
         raise ValueError(f'{name} has no width option, only {", ".join([*CIFAR_RESNETS, *VGGS])} and wrn<depth>_<k> have')
     if dropout != 0 and not is_wrn:
@@ -68,25 +78,49 @@ def build(name, num_classes, width=None, in_channels=3, image_size=32, dropout=0
     elif name == 'lenet300_100':
         net = lenet300_100(num_classes, in_channels, image_size)
     else:
-        net = torchvision_resnet(name, num_classes, in_channels)
+        net = torchvision_network(name, num_classes, in_channels, image_size)
 
-    if bn_momentum is not None:
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = bn_momentum
+    set_bn_momentum(net, bn_momentum)
     return net
 
 
-def from_args(args, num_classes, in_channels, image_size):
+def set_bn_momentum(net, momentum):
+    """Set it on every BatchNorm2d; None leaves what there is."""
+    for module in net.modules():
+        if momentum is not None and isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+
+
+def from_args(args, num_classes, in_channels, image_size, sources=None):
     """The network that a run's arguments ask for. args: has model, width, dropout and bn_momentum; the rest is the data's.
 
     With small_dense ('parameters' or 'macs') it is the narrower one that small_width() finds for ptarget.
+    sources: a folder with copies of the files of FILE.py:FUNCTION, as a run folder has them, to be used instead of FILE.py.
     """
+    if is_elsewhere(args.model):
+        return from_elsewhere(args, num_classes, in_channels, image_size, sources)
     settings = {'in_channels': in_channels, 'image_size': image_size}
     width = args.width
     if measure := vars(args).get('small_dense'):
         width = small_width(args.model, args.ptarget, measure, num_classes, width, **settings)
     return build(args.model, num_classes, width, dropout=args.dropout, bn_momentum=args.bn_momentum, **settings)
+
+
+def from_elsewhere(args, num_classes, in_channels, image_size, sources):
+    """The network of torchvision/NAME, timm/NAME or FILE.py:FUNCTION. Raises ValueError for options that only archs has."""
+    for option in ('width', 'dropout', 'small_dense'):
+        if vars(args).get(option):
+            flag = '--' + option.replace('_', '-')
+            raise ValueError(f'{args.model} has no {flag}: only networks of archs/ have')
+    pretrained = bool(vars(args).get('pretrained'))
+    net = build_elsewhere(args.model, num_classes, in_channels, image_size, pretrained, sources)
+    set_bn_momentum(net, args.bn_momentum)
+    return net
+
+
+def pretrained_weights(name, in_channels, image_size):
+    """The published weights of a network, and what belongs to them; see pretrained_state()."""
+    return pretrained_state(f'torchvision/{name}' if name in TORCHVISION else name, in_channels, image_size)
 
 
 def small_width(name, sparsity, measure, num_classes, width=None, **settings):

@@ -31,6 +31,7 @@ GREY = dict(num_classes=10, in_channels=1, pad=0, pad_mode='zeros', flip=False)
 COLOUR = dict(in_channels=3, pad_mode='zeros', flip=True)
 CIFAR = dict(COLOUR, image_size=32, pad=4, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 # ImageNet's `pad` is unused (its training crops are resized ones) and its classes are counted when loading.
+# So are those of `folder`, ImageNet's layout with any classes and --image-size.
 IMAGENET = dict(COLOUR, image_size=224, pad=0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 DATASETS = {
     'digits': dict(GREY, image_size=8, mean=(0.3059,), std=(0.3763,)),
@@ -38,6 +39,7 @@ DATASETS = {
     'cifar10': dict(CIFAR, num_classes=10),
     'cifar100': dict(CIFAR, num_classes=100),
     'imagenet': dict(IMAGENET, num_classes=1000),
+    'folder': dict(IMAGENET, num_classes=None),
 }
 
 # Where torchvision puts each set, and the md5 of each (uncompressed) file: training files come before test
@@ -72,15 +74,15 @@ def load(args, device):
     """Returns the `Data` that `args` asks for: batches for training, validation (or None) and test.
 
     `args` has dataset, data_dir, no_download, batch_size, limit_train, val_size, pad, pad_mode, flip, mean,
-    std, drop_last, workers (imagenet only), seed and channels_last. The last `val_size` training images
-    become the validation set (None or 0: there is none); of those before them the first `limit_train` (None:
-    all) are trained on. `source` is 'published' (files with the published md5), 'own' (with those of an
+    std, drop_last, workers and image_size (imagenet and folder only), seed and channels_last. The last `val_size`
+    training images become the validation set (None or 0: there is none); of those before them the first
+    `limit_train` (None: all) are trained on. `source` is 'published' (files with the published md5), 'own' (with those of an
     MD5SUMS file, or unchecked, as for imagenet) or 'bundled' (digits). Raises DataError for data that is
     missing, damaged or less than asked for.
     """
     settings = DATASETS[args.dataset]
     channels, size = settings['in_channels'], settings['image_size']
-    if args.dataset == 'imagenet':
+    if args.dataset in ('imagenet', 'folder'):
         return load_folders(args, device)
     if args.dataset == 'digits':
         (images, labels), test, source = read_digits()
@@ -114,6 +116,11 @@ def number_of_batches(images, size, train, drop_last):
     """Batches an epoch; in training a last one that has not an image for each process is left out."""
     whole, rest = divmod(images, size)
     return whole + (rest >= (world() if train else 1) and not drop_last)
+
+
+def share(whole):
+    """(the first image of a batch that this process has, the step to its next); whole: it has all of them."""
+    return (0, 1) if whole else (rank(), world())
 
 
 def epoch_seed(*numbers):
@@ -150,8 +157,11 @@ class Batches:
     shuffled, each cropped at a random place after padding every side by `pad` pixels and, with `flip`,
     mirrored half the time. `pad_mode` is 'zeros' (black before normalisation), 'edge' or 'reflect'. The last
     partial batch is left out only if both `train` and `drop_last`. The draws depend on (seed, epoch) alone:
-    call `set_epoch` before each epoch, or the same one is repeated.
+    call `set_epoch` before each epoch, or the same one is repeated. Of several processes each has a share of a batch; where
+    `whole` is set to True, each has all of it.
     """
+
+    whole = False
 
     def __init__(
         self,
@@ -213,7 +223,8 @@ class Batches:
     def __iter__(self):
         drawn = self.draw() if self.train else None
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            part = slice(start + rank(), min(start + self.batch_size, self.num_images), world())
+            first, step = share(self.whole)
+            part = slice(start + first, min(start + self.batch_size, self.num_images), step)
             if part.start >= part.stop:  # an evaluation's last batch may have nothing for this process
                 return
             if self.train:
@@ -385,8 +396,10 @@ def download(name, folder, missing):
 
 
 def load_folders(args, device):
-    """`load` for imagenet: DIR/train and DIR/val (the test set) with one folder of images per class.
+    """`load` for imagenet and folder: DIR/train and DIR/val (the test set) with one folder of images per class.
 
+    Training images are random crops (of 8 to 100 % of the area, torchvision's default) resized to args.image_size; test images
+    are resized, so that the shorter side is 8/7 of it, and cropped in the centre, as is usual for ImageNet at 224.
     As folders are sorted by class, the training images are first put in a random order (the same for all
     seeds), from which the validation split and `limit_train` are then taken as for the other sets.
     """
@@ -394,20 +407,30 @@ def load_folders(args, device):
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
     except (ImportError, RuntimeError, OSError) as error:
-        raise DataError(f'--dataset imagenet needs torchvision ({error})') from error
+        raise DataError(f'--dataset {args.dataset} needs torchvision ({error}): pip install torchvision') from error
     root = Path(args.data_dir).expanduser()
     try:
-        train, test = ImageFolder(root / 'train'), ImageFolder(root / 'val')
-    except OSError as error:  # no such folder, no class in it, or a class without images
+        train, test = (ImageFolder(root / split, allow_empty=True) for split in ('train', 'val'))
+    except OSError as error:  # no such folder, or no class in it
         reason = str(error).splitlines()[0]
         raise DataError(f'{root} needs train/CLASS/ and val/CLASS/ folders of images ({reason})') from error
-    if (root / 'train').samefile(root / 'val') or train.classes != test.classes:
-        raise DataError(f'{root}/train and {root}/val must be different folders with the same classes')
+    for split in (train, test):
+        filled = {label for _, label in split.samples}
+        if empty := [name for name, label in split.class_to_idx.items() if label not in filled]:
+            raise DataError(
+                f'{split.root} has no images in {", ".join(empty[:5])}: every class needs some, in train and in val'
+            )
+    if (root / 'train').samefile(root / 'val'):
+        raise DataError(f'{root}/train and {root}/val must be different folders with the same classes; they are one folder')
+    if odd := sorted(set(train.classes) ^ set(test.classes)):
+        where = ', '.join(f'{name} (in {"train" if name in train.classes else "val"} alone)' for name in odd[:3])
+        more = f' and {len(odd) - 3} more' if len(odd) > 3 else ''
+        raise DataError(f'{root}/train and {root}/val must have the same classes, and differ in {where}{more}')
 
-    size = DATASETS['imagenet']['image_size']
+    size = vars(args).get('image_size') or DATASETS[args.dataset]['image_size']
     flips = [v2.RandomHorizontalFlip()] if args.flip else []
     random_crop = v2.Compose([train.loader, v2.RandomResizedCrop(size), *flips, v2.PILToTensor()])
-    centre_crop = v2.Compose([train.loader, v2.Resize(256), v2.CenterCrop(size), v2.PILToTensor()])
+    centre_crop = v2.Compose([train.loader, v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
 
     def batches(samples, transform, train=False):
         return FolderBatches(Images(samples, transform, args.seed), args, device, train)
@@ -449,6 +472,8 @@ class Images(torch.utils.data.Dataset):
 class FolderBatches:
     """`Images` through a DataLoader, used as `Batches` is: yields normalised batches on the device."""
 
+    whole = False
+
     def __init__(self, images, args, device, train):
         self.images = images
         self.num_images = len(images)
@@ -474,7 +499,8 @@ class FolderBatches:
         generator = torch.Generator().manual_seed(epoch_seed(self.images.seed, self.images.epoch))
         count = self.num_images
         order = torch.randperm(count, generator=generator) if self.train else torch.arange(count)
-        shares = [batch[rank() :: world()].tolist() for batch in order.split(self.batch_size)[: len(self)]]
+        first, step = share(self.whole)
+        shares = [batch[first::step].tolist() for batch in order.split(self.batch_size)[: len(self)]]
         loader = torch.utils.data.DataLoader(
             self.images,
             batch_sampler=[share for share in shares if share],

@@ -8,12 +8,14 @@ What such a file holds stands in deploy/files.py.
 """
 
 import json
+import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 
+import archs
 import args as arguments
 from deploy import formats
 from deploy.files import FileError, pack_sparse, read_json, read_published, read_tensors, write_tensors
@@ -25,7 +27,7 @@ from . import data
 from . import table as tables
 from .rebuild import network_of
 from .result import accuracy, totals
-from .run_folder import RunError, finished
+from .run_folder import RunError, finished, sources
 
 WEIGHTS = Path(__file__).resolve().parents[1] / 'results' / 'weights'
 
@@ -48,15 +50,40 @@ def publish(run, path=None):
     content = pack_sparse(read_tensors(folder / 'model.pt'), about)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(content, path)
+    if copies := sources(folder):
+        shutil.copytree(copies, network_beside(path), dirs_exist_ok=True)
+        say(f'{network_beside(path)}: the Python files that the network is built from, which belong to it')
     say(f'{path}: {path.stat().st_size:,} bytes, {result["zeros"]:,} of {result["weights"]:,} weights are zero')
     return path
 
 
-def rebuild(state, about):
-    """The network a published file describes, with its weights. Raises RunError when they do not fit together."""
+def network_beside(path):
+    """The folder with the Python files of a published file whose network is of FILE.py:FUNCTION."""
+    return path.with_suffix('.network')
+
+
+def code_of(path, about, trust):
+    """That folder, or None where the network is built by name. Raises RunError for code that is not trusted, or not there."""
+    if not archs.is_file(about['args']['model']):
+        return None
+    folder = network_beside(path)
+    if not folder.is_dir():
+        raise RunError(f'{path} has the weights of {about["args"]["model"]}, and {folder} with its Python files is not there')
+    if not trust:
+        raise RunError(
+            f'the network of {path} is built by the Python files in {folder}: read them, and add --trust to run them'
+        )
+    return folder
+
+
+def rebuild(state, about, copies=None):
+    """The network a published file describes, with its weights. Raises RunError when they do not fit together.
+
+    copies: the folder of code_of().
+    """
     try:
         args = Namespace(**about['args'])
-        model, _ = network_of(about['args'], about)
+        model, _ = network_of(about['args'], about, copies)
         model.load_state_dict(state)
         if args.channels_last:  # the same kernels as in the run, so that the accuracy is the same to the last image
             model.to(memory_format=torch.channels_last)
@@ -66,13 +93,14 @@ def rebuild(state, about):
     return model.eval(), args
 
 
-def check(path, loader=None, device=None):
+def check(path, loader=None, device=None, trust=False):
     """Count a published file again -> (about, {claim: (what the file says, what is counted)}).
 
-    loader: images to count the accuracy on, or None; one may be made with test_images().
+    loader: images to count the accuracy on, or None; one may be made with test_images(). trust: whether to run the Python
+    files beside it, where its network is built by those.
     """
     state, about = read_published(path)
-    model, args = rebuild(state, about)
+    model, args = rebuild(state, about, code_of(path, about, trust))
     zeros, weights = totals(count_zeros(model, args.pthres))
     counted = {'zeros': zeros, 'weights': weights}
     if loader is not None:
@@ -104,7 +132,8 @@ def evaluate(args, device):
     dataset = about['args']['dataset']
     if args.dataset not in (None, dataset):
         raise RunError(f'{path} was trained on {dataset}, not on {args.dataset}')
-    about, claims = check(path, test_images(args, about, device), device)
+    code_of(path, about, args.trust)
+    about, claims = check(path, test_images(args, about, device), device, args.trust)
     made = f'{about["args"]["method"]} on {about["args"]["model"]}, {dataset}, seed {about["args"]["seed"]}'
     say(f'{made}; trained on {about["device"]}, torch {about["torch"]}, commit {about["commit"]}')
     for claim, (said, counted) in claims.items():
@@ -120,7 +149,11 @@ def evaluate_network(path, args, device):
         raise RunError(f'{path} lies in no run folder: name the data with --dataset')
     if run is None or args.dataset not in (None, run['dataset']):
         run = vars(arguments.parse([f'--dataset={args.dataset}', '--method=dense']))
-    run |= {name: value for name, value in (('mean', args.mean), ('std', args.std)) if value is not None}
+    run |= {
+        name: value
+        for name, value in (('mean', args.mean), ('std', args.std), ('image_size', args.image_size))
+        if value is not None
+    }
     images = test_images(args, {'args': run | {'channels_last': False, 'val_size': 0, 'limit_train': None}}, device)
     share = accuracy(network, images)
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -134,6 +167,7 @@ def verify(argv=None):
     parser = arguments.Parser(prog='launch verify', description='Check every published weight file.', allow_abbrev=False)
     parser.add_argument('--data-dir', help='also count the accuracies, on the datasets in this folder')
     parser.add_argument('--weights', type=Path, default=WEIGHTS, help='the folder of the files (default: %(default)s)')
+    parser.add_argument('--trust', action='store_true', help='run the Python files of networks of FILE.py:FUNCTION')
     args = parser.parse_args(argv)
     args.no_download = True
     args.workers = 0
@@ -147,11 +181,11 @@ def verify(argv=None):
             about = read_published(path)[1]
             loader = None
             if args.data_dir is not None:
-                shown = ('dataset', 'mean', 'std', 'per_image', 'batch_size')
+                shown = ('dataset', 'mean', 'std', 'per_image', 'batch_size', 'image_size')
                 settings = {name: about['args'].get(name) for name in shown}
                 key = json.dumps(settings)
                 loader = loaders[key] = loaders.get(key) or test_images(args, about, device)
-            about, claims = check(path, loader, device)
+            about, claims = check(path, loader, device, args.trust)
             line = recorded.get(about.get('table'), {}).get((about.get('row'), about.get('seed')))
             for claim in ('zeros', 'weights', 'accuracy', 'commit'):
                 if line is None or line[claim] != about[claim]:

@@ -85,6 +85,8 @@ def measure(job, method):
         'in_channels': job.data.in_channels,
         'image_size': job.data.image_size,
         **smaller,
+        **job.recalibrated,
+        **method.started_with,
         **method.facts(),
         'layers': {name: [*count, *macs.get(name, (0, 0))] for name, count in zeros.items()},
         'args': vars(job.args),
@@ -106,6 +108,7 @@ def report(result, folder):
         'val': 'of the epoch that was best on the validation split',
         'test-best': 'of the epoch that was BEST ON THE TEST SET',
     }.get(result.get('selected'), 'after the last epoch')
+    epoch += ', and recalibration' if 'recalibrated_images' in result else ''
     best = f' (best of any epoch, at whatever sparsity: {r.best_accuracy:.2f} %)' if r.epochs else ''
     say(f'accuracy   {r.accuracy:.2f} % {epoch}{best}')
     share = f'{100 * r.sparsity:.4f} %; {100 * r.sparsity_all:.4f} % of all parameters'

@@ -7,6 +7,7 @@ stage-*.pt       the end of each finished stage but the last, for methods of sev
 events.*         the log again, for TensorBoard
 masks.pt         of dsp: the masks that packing works from
 packed.*         of dsp: the packed network, see deploy/network_file.py
+network/         of --model FILE.py:FUNCTION: copies of that file and of what it imports from its folder
 small.*          of --shrink: the smaller network, see deploy/network_file.py
 sparse.json      of --sparse-compile: accuracy and milliseconds of the sparse engine
 model.pt         plain state dict of the finished network: original names and order, exact zeros
@@ -19,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from deploy import files
-from deploy.files import FileError, read_json, read_tensors, write_json
+from deploy.files import FileError, read_json, write_json
 from methods._flags import differences
 from pruners import processes
 
@@ -31,14 +32,6 @@ except ImportError:  # not on Windows: runs there are not protected against a se
 
 class RunError(FileError):
     """One sentence for the user: why this run cannot start or go on."""
-
-
-def weights(run):
-    """The state dict of a finished run, named by its folder or by the file. Raises RunError where there is none."""
-    path = Path(run) / 'model.pt' if Path(run).is_dir() else Path(run)
-    if not path.is_file():
-        raise RunError(f'--from {run}: there is no {path}; name the folder of a finished run')
-    return read_tensors(path)
 
 
 def compare_images(run, args):
@@ -105,6 +98,31 @@ def claim(folder, lock, args):
             f'{folder} belongs to a run with other arguments ({"; ".join(changed)}); '
             f'take another --out, or continue that run with --resume {folder}'
         )
+
+
+def sources(folder):
+    """The folder with copies of the files of --model FILE.py:FUNCTION in a run folder (or None for none), or None."""
+    kept = folder and Path(folder) / 'network'
+    return kept if kept and kept.is_dir() else None
+
+
+def keep_sources(folder, found):
+    """Copy the files that the network came from into the run folder, so that it can be built again from there alone.
+
+    found: {path in the folder: Path}, of archs.files_of(). Raises RunError where the run was begun with other files.
+    """
+    kept = Path(folder) / 'network'
+    for name, path in found.items():
+        copy = kept / name
+        content = path.read_bytes()
+        if copy.is_file() and copy.read_bytes() != content:
+            raise RunError(
+                f'{path} is not what it was when the run in {folder} began; take another --out, or continue that run, with the '
+                f'file as it was, with --resume {folder}'
+            )
+        if not copy.is_file() and processes.rank() == 0:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(copy, lambda file, content=content: file.write(content))
 
 
 def finished(folder):

@@ -41,6 +41,28 @@ def __getattr__(name):
     return getattr(importlib.import_module(f'.{PRUNERS[name]}', __name__), name)
 
 
+def load_but_classifier(model: nn.Module, state: dict) -> dict[str, tuple[int, int]]:
+    """Load a state dict strictly, but for a classifier with another number of classes -> {its name: (theirs, ours)}.
+
+    A classifier is a linear layer or convolution that differs in its number of outputs alone; where several differ, all must
+    differ in the same way. Raises RuntimeError, as load_state_dict() does, for everything else.
+    """
+    own = model.state_dict()
+    changed = [name for name in own if name in state and own[name].shape != state[name].shape]
+    layers = {name.rpartition('.')[0] for name in changed}
+    sizes = {(tuple(state[name].shape[:1]), tuple(own[name].shape[:1])) for name in changed}
+    same_rest = all(own[name].shape[1:] == state[name].shape[1:] for name in changed)
+    if not changed or len(sizes) > 1 or not same_rest:
+        model.load_state_dict(state)
+        return {}
+    if not all(isinstance(model.get_submodule(name), (nn.Linear, nn.Conv2d)) for name in layers):
+        model.load_state_dict(state)
+    (theirs,), (ours,) = sizes.pop()
+    fresh = {name: tensor for name, tensor in own.items() if name.rpartition('.')[0] in layers}
+    model.load_state_dict(state | fresh)
+    return dict.fromkeys(sorted(layers), (theirs, ours))
+
+
 class Method:
     """Dense training, and the base of every method."""
 
@@ -53,18 +75,27 @@ class Method:
     def __init__(self, args: Namespace):
         """args: the parsed command line. Raises ValueError for settings that cannot work together."""
         self.args = args
+        self.started = bool(vars(args).get('from') or vars(args).get('pretrained'))  # with trained weights, none of them fresh
+        self.started_with = {}  # what result.json says of that
 
     @staticmethod
     def add_args(parser: ArgumentParser) -> None:
         """Add the method's own flags: the paper's default, and help that names the paper's symbol."""
 
-    def start_from(self, model: nn.Module, state: dict) -> None:
-        """Load the state dict of the run that --from names, before anything else. Raises ValueError when it does not fit."""
+    def start_from(self, model: nn.Module, state: dict, called: str = '--from') -> None:
+        """Load the state dict that --from or --pretrained names, before anything else. Raises ValueError when it does not fit.
+
+        Where it has another number of classes, the last classifier stays fresh, and a pipeline begins with dense training.
+        """
         try:
-            model.load_state_dict(state)
+            fresh = load_but_classifier(model, state)
         except RuntimeError as error:
             reason = ' '.join(f'{error}'.split())[:200]  # not str(): once methods/str.py is loaded, that name is the module
-            raise ValueError(f'the weights of --from do not fit {self.args.model}: {reason}') from None
+            raise ValueError(f'the weights of {called} do not fit {self.args.model}: {reason}') from None
+        self.started = not fresh
+        self.started_with = {'started_with': called, 'fresh': sorted(fresh)}
+        for name, (theirs, ours) in fresh.items():
+            say(f'{name} stays fresh: the weights of {called} are for {theirs} classes, the data has {ours}')
 
     def announce(self, model: nn.Module) -> None:
         """Say before training which weights are to be pruned, and which are not although one could expect it."""
@@ -128,8 +159,8 @@ class Method:
         """Take back what state_dict() gave, after prepare()."""
 
     def pretrain(self, job) -> None:
-        """The dense training of --epochs that a pipeline begins with, unless --from gives its end."""
-        if vars(self.args).get('from') is None:
+        """The dense training of --epochs that a pipeline begins with, unless --from or --pretrained gives its end."""
+        if not self.started:
             job.fit(Method(self.args), 'pretrain')
 
     def fine_tune(self, job) -> None:

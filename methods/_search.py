@@ -25,7 +25,7 @@ def add_annealing_flags(add):
     add('--search-steps', type=positive, default=10, metavar='N', help='candidates at each temperature' + shown)
     add('--max-sparsity', type=fraction, metavar='SHARE', help='of any layer (default: it keeps a quarter of 1 - the target)')
     help = 'training batches from which a candidate has its batch norm statistics anew, before it is scored' + shown
-    add('--recalibrate', type=count, default=10, metavar='N', help=help)
+    add('--search-recalibrate', dest='recalibrate', type=count, default=10, metavar='N', help=help)
 
 
 def annealing_options(args):

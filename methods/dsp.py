@@ -70,8 +70,7 @@ class Method(Base):
 
     def __init__(self, args):
         super().__init__(args)
-        started = vars(args).get('from') is not None
-        if args.stage in ('group', 'prune', 'finetune', 'pack') and not started:
+        if args.stage in ('group', 'prune', 'finetune', 'pack') and not self.started:
             raise ValueError(f'--stage {args.stage} goes on from the weights of another run: name it with --from')
         if 0 < args.finetune_epochs < args.cycles:
             raise ValueError(f'--cycles {args.cycles} takes at least as many --finetune-epochs, not {args.finetune_epochs}')
@@ -80,7 +79,6 @@ class Method(Base):
         if args.select == 'val' and not args.val_size:
             raise ValueError('--select val takes a validation split: give --val-size, or --select last')
         self.select = args.select or ('val' if args.val_size else 'last')
-        self.started = started
         self.learned = {}  # {convolution: its group logits} of the run that --from names
         self.stage = None  # of training, by its name in run()
         self.steps = 0  # of that stage
@@ -154,10 +152,10 @@ class Method(Base):
         )
         add('--torchscript', action='store_true', help='when packing, write packed.ts too')
 
-    def start_from(self, model, state):
+    def start_from(self, model, state, called='--from'):
         """Plain weights, or group-learned ones: then group learning is done."""
         extras = {name: tensor for name, tensor in state.items() if name.endswith(('.group', '.mask'))}
-        super().start_from(model, {name: tensor for name, tensor in state.items() if name not in extras})
+        super().start_from(model, {name: tensor for name, tensor in state.items() if name not in extras}, called)
         self.learned = {name.removesuffix('.group'): logits for name, logits in extras.items() if name.endswith('.group')}
         if wrong := [len(logits) for logits in self.learned.values() if len(logits) != self.args.groups]:
             raise ValueError(f'the run of --from learned {wrong[0]} groups, not {self.args.groups}: give it as --groups')
@@ -259,6 +257,7 @@ class Method(Base):
             write_tensors({name: mask.cpu() for name, mask in self.pruner.masks().items()}, job.folder / 'masks.pt')
         if stage == 'pack' or args.pack:
             self.finalize(job.model)
+            job.recalibrate()
             if stage == 'pack':
                 self.figures = self.shares_of_zeros(job)
             self.figures |= write_packed(job) | {'saved': 'packed.pt'}

@@ -24,9 +24,9 @@ the same model and arguments, the search takes over the scores of search_history
 interrupted: it draws from a generator of its own, seeded with `seed`. The first candidate is evaluated anew; if its score is
 another one, the evaluator has changed, and so the file is not used.
 
-On the command line a candidate's batch norm statistics are taken anew from --recalibrate training batches before it is scored,
-as after strong pruning accuracy says little without (Li et al., "EagleEye", ECCV 2020, arXiv 2007.02491), layers that end in
-one residual stream get one share and lose the same filters, and no layer loses more than --max-sparsity.
+On the command line a candidate's batch norm statistics are taken anew from --search-recalibrate training batches before it is
+scored, as after strong pruning accuracy says little without (Li et al., "EagleEye", ECCV 2020, arXiv 2007.02491), layers that
+end in one residual stream get one share and lose the same filters, and no layer loses more than --max-sparsity.
 """
 
 import math

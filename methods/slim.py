@@ -70,5 +70,5 @@ class Method(OneShot):
             return self.args.bn_l1 * torch.cat(self.scales).abs().sum()
 
     def pretrain(self, job):
-        if vars(self.args).get('from') is None:
+        if not self.started:
             job.fit(self, 'pretrain')

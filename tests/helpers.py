@@ -109,6 +109,7 @@ ONE_SHOT = ['level', 'slim', 'fpgm', 'l1_filter', 'l2_filter', 'apoz', 'mean_act
 QUICK |= {name: ['--finetune-epochs=1'] for name in ONE_SHOT}
 QUICK |= {name: ['--frequency=2'] for name in ('rigl', 'granet', 'dpf')}  # runs are shorter than their usual frequency
 QUICK |= {'synflow': ['--rounds=5']}
+QUICK |= {'group_norm': ['--finetune-epochs=1', '--sparse-epochs=1', '--prune-steps=3']}
 
 
 class Killed(BaseException):

@@ -20,6 +20,7 @@ import torch
 from helpers import read_all_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from args import parse
 from harness import data
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -759,6 +760,63 @@ def test_a_broken_jpeg_is_named(folders, workers):
             assert not multiprocessing.active_children()  # the workers have ended
     finally:
         broken.write_bytes(whole)
+
+
+# Folders of anybody's images
+
+
+def test_folders_of_any_image_size(folders):
+    loaded = load('folder', folders, image_size=32, batch_size=4, val_size=5)
+    assert (loaded.num_classes, loaded.in_channels, loaded.image_size, loaded.source) == (3, 3, 32, 'own')
+    for batches in (loaded.train, loaded.val, loaded.test):
+        assert next(iter(batches))[0].shape == (4, 3, 32, 32)
+    assert load('folder', folders).image_size == load('imagenet', folders).image_size == 224
+
+
+def test_evaluation_of_folders_takes_the_centre(folders):
+    from PIL import Image
+
+    # Of size 28 the shorter side becomes 32, as it is here, so the middle 28 of 64 columns are shown: the green ones.
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:, 18:46] = (0, 255, 51)
+    Image.fromarray(picture).save(folders / 'val/class2/last.png')
+    shown = whole_epoch(load('folder', folders, image_size=28, mean=(0.5, 0.5, 0.2), std=(0.5, 0.25, 0.1)).test)[0][-1]
+    torch.testing.assert_close(shown, torch.tensor([-1.0, 2.0, 0.0]).view(3, 1, 1).expand(3, 28, 28))
+
+
+def test_grey_and_palette_images_have_three_channels(folders):
+    from PIL import Image
+
+    for mode in ('L', 'P', 'RGBA', 'CMYK'):
+        image = Image.fromarray(np.full((40, 40, 3), 99, np.uint8)).convert(mode, palette=Image.Palette.ADAPTIVE)
+        image.save(folders / f'val/class2/z{mode}.{"tif" if mode == "CMYK" else "png"}')
+    images, _ = whole_epoch(load('folder', folders, image_size=16, mean=(0, 0, 0), std=(1, 1, 1)).test)
+    assert images.shape == (10, 3, 16, 16) and torch.allclose(images[-4:], torch.tensor(99 / 255), atol=0.02)
+
+
+def test_folders_that_will_not_do(folders, tmp_path):
+    with pytest.raises(data.DataError, match=r'needs train/CLASS/ and val/CLASS/ folders of images \(.*absent'):
+        load('folder', tmp_path / 'absent')
+    (folders / 'val/class2').rename(folders / 'val/class3')
+    differ = r'differ in class2 \(in train alone\), class3 \(in val alone\)$'
+    with pytest.raises(data.DataError, match=differ):
+        load('folder', folders)
+    (folders / 'val/class3').rename(folders / 'val/class2')
+    (folders / 'train/empty').mkdir()
+    with pytest.raises(data.DataError, match='no images in empty'):
+        load('folder', folders)
+    for name in ('one', 'two', 'three', 'four'):
+        shutil.copytree(folders / 'val/class2', folders / f'val/{name}')
+    (folders / 'train/empty').rmdir()
+    with pytest.raises(data.DataError, match=r'four \(in val alone\).* and 1 more$'):
+        load('folder', folders)
+
+
+def test_image_size_is_for_folders():
+    with pytest.raises(SystemExit):
+        parse(['--dataset=cifar10', '--image-size=64'])
+    args = parse(['--dataset=folder', '--image-size=64'])
+    assert (args.image_size, args.mean, args.std, args.flip) == (64, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], True)
 
 
 def test_imagenet_needs_torchvision(tmp_path, monkeypatch):

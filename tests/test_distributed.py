@@ -50,6 +50,18 @@ def test_two_processes_are_one(tmp_path):
     assert len(lines) == 2 and json.loads(lines[-1])['epoch'] == 2
 
 
+def test_two_processes_recalibrate_as_one(tmp_path):
+    """Without learning the weights are those of the seed, and every process averages the same whole batches."""
+    words = ['--model=resnet20', '--width=4', '--method=dense', '--epochs=1', '--lr=0', '--recalibrate=120']
+    run_one(tmp_path / 'one', *words)
+    status, printed = run_two(tmp_path / 'two', *words)
+    assert status == 0, printed
+    (one, state_one), (two, state_two) = read_run(tmp_path / 'one'), read_run(tmp_path / 'two')
+    assert one['recalibrated_images'] == two['recalibrated_images'] == 120 and two['accuracy'] == one['accuracy']
+    for name in state_one:
+        torch.testing.assert_close(state_two[name], state_one[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_killed_run_of_two_processes_resumes_to_the_bit(tmp_path):
     """The run that is cut is started by torchrun, which has to end the other process too."""
     words = ['--model=resnet20', '--width=4', '--method=st3', '--ptarget=0.9', '--epochs=3']
