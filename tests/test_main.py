@@ -76,7 +76,7 @@ def test_the_commands_of_the_seed(words, zeros, tmp_path, monkeypatch, capsys):
     assert folder.name.endswith(words[-1].removeprefix('--sname='))
     result, state = read_run(folder)
     assert result['zeros'] - zeros in (0, 1) and result['weights'] == 1_092_960 and result['parameters'] == 1_096_196
-    assert sum(int((tensor == 0).sum()) for tensor in state.values() if tensor.dim() > 1) == zeros
+    assert sum(int((tensor == 0).sum()) for tensor in state.values() if tensor.dim() > 1) == result['zeros']
     assert sorted(tmp_path.iterdir()) == [tmp_path / 'data', tmp_path / 'runs']  # nothing is written elsewhere
 
 
