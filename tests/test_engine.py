@@ -390,7 +390,7 @@ def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.delenv('CXX', raising=False)
-    with pytest.raises(build.CompilerError, match='needs a C\\+\\+ compiler once, and none was found: install g\\+\\+'):
+    with pytest.raises(build.CompilerError, match='kernels need a C\\+\\+ compiler once, and none was found: install g\\+\\+'):
         build.compile_kernels()
 
 
