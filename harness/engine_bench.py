@@ -247,15 +247,19 @@ def bench_sparse(device, repeats, names, say=print, cases=None):
     """The table of `python bench.py sparse`: milliseconds of each engine, and the ratio to the fastest dense one."""
     threads = torch.get_num_threads()
     chosen = engines()
-    say(f'\nmilliseconds, {threads} thread(s), float32; each engine in a process of its own')
+    say(f'\nmilliseconds, {threads} thread(s), float32; each engine in a process of its own; gain: over the fastest dense one')
     if missing():
         say(f'  not measured, not installed: {", ".join(missing())}')
+    say(line('network, batch', [*chosen, 'gain']))
     for name, batch in cases or CASES:
         times = measure(name, batch, threads, chosen)
-        dense = {engine: ms for engine, ms in times.items() if engine != OURS}
-        fastest = min(dense, key=dense.get)
-        row = '  '.join(f'{engine} {ms:.3f}' for engine, ms in times.items())
-        say(f'  {name}, batch {batch}: {row}  -> {dense[fastest] / times[OURS]:.2f}x of {fastest}')
+        fastest = min(ms for engine, ms in times.items() if engine != OURS)
+        say(line(f'{name}, {batch}', [*(f'{times[engine]:.3f}' for engine in chosen), f'{fastest / times[OURS]:.2f}x']))
+
+
+def line(name, cells):
+    """A line of the table, in columns."""
+    return f'  {name:<20}' + ''.join(f'{cell:>15}' for cell in cells)
 
 
 if __name__ == '__main__':

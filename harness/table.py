@@ -310,17 +310,38 @@ def beside_paper(name):
 
 
 def readme(path):
-    """The text of a README with what it repeats from results/ as it stands there now, without titles and pictures."""
+    """The text of a README with what it repeats from results/ as it stands there now, without titles and pictures.
+
+    <!-- results/NAME.md --> repeats a page; with `only` and a regular expression, of its rows those in which it is found.
+    """
 
     def included(match):
         _, _, text = (RESULTS / match[1]).read_text().partition('\n\n')
+        if match[2]:
+            text = '\n\n'.join(chosen_rows(part, match[2]) for part in text.split('\n\n'))
         text = text[text.index('|') if '|' in text else 0 :]
         text = re.sub(r'\n!\[.*?\]\(.*?\)\n', '', text)
         if match[1] == 'tables.md':  # whose links begin in results/
             text = re.sub(r'\]\((?=[\w/]+\.md\))', '](results/', text) if path.parent == ROOT else text
-        return f'<!-- results/{match[1]} -->\n{text.strip()}\n<!-- end -->'
+        chosen = f' only {match[2]}' if match[2] else ''
+        return f'<!-- results/{match[1]}{chosen} -->\n{text.strip()}\n<!-- end -->'
 
-    return re.sub(r'<!-- results/(\S+) -->\n.*?<!-- end -->', included, path.read_text(), flags=re.DOTALL)
+    return re.sub(r'<!-- results/(\S+?)(?: only (.+?))? -->\n.*?<!-- end -->', included, path.read_text(), flags=re.DOTALL)
+
+
+def chosen_rows(part, pattern):
+    """Of a part of a page the rows in which the pattern is found, and its other lines; without such a row nothing but fences."""
+    rows = [line for line in part.splitlines() if is_row(line)]
+    chosen = [line for line in rows if re.search(pattern, line)]
+    others = [line for line in part.splitlines() if not is_row(line)]
+    if rows and not chosen:
+        others = [line for line in others if line == '```']
+    return '\n'.join(line for line in part.splitlines() if line in chosen or line in others)
+
+
+def is_row(line):
+    """Whether a line of a page is a row with figures: of a table, but not its head, or indented in a block of text."""
+    return line.startswith('  ') or (line.startswith('| ') and not re.match(r'\| (row|-+) ', line))
 
 
 def write(pages):
