@@ -330,7 +330,7 @@ def readme(path):
 
 
 def chosen_rows(part, pattern):
-    """Of a part of a page the rows in which the pattern is found, and its other lines; without such a row nothing but fences."""
+    """Of a part of a page the rows in which the pattern is found, and its other lines; or else, nothing but fences."""
     rows = [line for line in part.splitlines() if is_row(line)]
     chosen = [line for line in rows if re.search(pattern, line)]
     others = [line for line in part.splitlines() if not is_row(line)]

@@ -76,8 +76,10 @@ extern "C" void st3_forward(const float *weight, int64_t filters, int64_t size, 
     }
 }
 
-// How many magnitudes lie below `low`; those from `low` to `high` are appended to `inside`, from place *found on.
-extern "C" int64_t count_between(const float *weight, int64_t count, float low, float high, float *inside, int64_t *found) {
+// How many magnitudes lie below `low`; those from `low` to `high` are appended to `inside`, from place *found on, as far as its
+// `room` goes, and counted in *found in any case.
+extern "C" int64_t count_between(const float *weight, int64_t count, float low, float high, float *inside, int64_t room,
+                                 int64_t *found) {
     const int64_t block = 256;
     int64_t below = 0;
     for (int64_t start = 0; start < count; start += block) {
@@ -89,10 +91,14 @@ extern "C" int64_t count_between(const float *weight, int64_t count, float low, 
             within += magnitude >= low && magnitude <= high;
         }
         below += less;
-        for (int64_t i = start; within > 0 && i < end; i++) {
-            const float magnitude = std::fabs(weight[i]);
-            if (magnitude >= low && magnitude <= high) inside[(*found)++] = magnitude;
+        if (within > 0 && *found + within <= room) {
+            float *next = inside + *found;
+            for (int64_t i = start; i < end; i++) {
+                const float magnitude = std::fabs(weight[i]);
+                if (magnitude >= low && magnitude <= high) *next++ = magnitude;
+            }
         }
+        *found += within;
     }
     return below;
 }

@@ -28,7 +28,7 @@ def library():
     kernels.feather_forward.argtypes = [pointer, whole, real, pointer]
     kernels.feather_backward.argtypes = [pointer, pointer, whole, real, pointer]
     kernels.st3_forward.argtypes = [pointer, whole, whole, real, whole, whole, pointer]
-    kernels.count_between.argtypes = [pointer, whole, real, real, pointer, ctypes.POINTER(whole)]
+    kernels.count_between.argtypes = [pointer, whole, real, real, pointer, whole, ctypes.POINTER(whole)]
     kernels.count_between.restype = whole
     return kernels
 
@@ -123,12 +123,21 @@ class FastFeather(Feather):
 
 def count_between(weights, low, high):
     """sparse_utils.count_between() in one pass: (how many magnitudes lie below `low`, those from `low` to `high`)."""
-    inside = torch.empty(sum(weight.numel() for weight in weights))
+    room = sum(weight.numel() for weight in weights) // 64 + 1024  # brackets are narrow
+    below, inside, found = _count(weights, low, high, room)
+    if found > room:
+        below, inside, found = _count(weights, low, high, found)
+    return below, inside[:found]
+
+
+def _count(weights, low, high, room):
+    inside = torch.empty(room)
     found = ctypes.c_int64(0)
     below = 0
     for weight in weights:
-        below += library().count_between(weight.data_ptr(), weight.numel(), low, high, inside.data_ptr(), ctypes.byref(found))
-    return below, inside[: found.value]
+        place = ctypes.byref(found)
+        below += library().count_between(weight.data_ptr(), weight.numel(), low, high, inside.data_ptr(), room, place)
+    return below, inside, found.value
 
 
 def fast_threshold(weights, ratio, previous=None):

@@ -119,6 +119,9 @@ def test_the_threshold_is_the_same_to_the_bit(ratio):
 def test_between_by_hand():
     below, inside = count_between([torch.tensor([0.5, -1.0, 2.0, -3.0]), torch.tensor([1.5, math.nan, -0.25])], 1.0, 2.0)
     assert below == 2 and inside.tolist() == [1.0, 2.0, 1.5]
+    many = torch.linspace(-1, 1, 10_001)  # more than there is room for at first
+    below, inside = count_between([many, many], 0.25, 2.0)
+    assert below == 2 * int((many.abs() < 0.25).sum()) and len(inside) == 20_002 - below and inside.min() >= 0.25
 
 
 def test_weights_that_do_not_lie_side_by_side_are_left_to_the_formulas():

@@ -230,13 +230,13 @@ def test_every_row_of_every_config_parses_and_begins_dense(path, monkeypatch):
 def test_a_readme_may_repeat_some_rows_of_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, 'RESULTS', tmp_path)
     block = '```\nCPU\n\nstep\n  dense 1\n  feather 2\n  asl 3\n\nlayers\n  16->16 4\n```'
-    (tmp_path / 'step.md').write_text(f'# Speed\n\nMade by a command.\n\n{block}\n')
+    (tmp_path / 'step.md').write_text(f'# Speed\n\nMade.\n\n{block}\n')
     (tmp_path / 'table.md').write_text('# T\n\n| row | a |\n| --- | - |\n| dense | 1 |\n| asl | 2 |\n\n- a CPU\n')
     (tmp_path / 'README.md').write_text(
         'x\n<!-- results/step.md only dense|feather -->\nold\n<!-- end -->\n<!-- results/table.md only asl -->\n<!-- end -->\n'
     )
     assert tables.readme(tmp_path / 'README.md') == (
-        'x\n<!-- results/step.md only dense|feather -->\nMade by a command.\n\n```\nCPU\n\nstep\n  dense 1\n  feather 2\n\n```\n'
+        'x\n<!-- results/step.md only dense|feather -->\nMade.\n\n```\nCPU\n\nstep\n  dense 1\n  feather 2\n\n```\n'
         '<!-- end -->\n<!-- results/table.md only asl -->\n| row | a |\n| --- | - |\n| asl | 2 |\n\n- a CPU\n<!-- end -->\n'
     )
 
