@@ -45,16 +45,18 @@ STYLE = {
 
 
 def series_of(row):
-    """The method a row belongs to: its id without a last number, feather-98 -> feather."""
-    return re.sub(r'-[0-9.]+$', '', row)
+    """The method a row belongs to: its id without the numbers it ends with, feather-98 -> feather, sr_ste-2-4 -> sr_ste."""
+    return re.sub(r'(-[0-9.]+)+$', '', row)
 
 
 def points(table, results, filters):
     """{series: [(sparsity %, MMACs, mean accuracy, deviation, published accuracy or None)]} of the rows with finished runs.
 
-    filters: only those that prune whole filters, or only the others; the dense rows in both.
+    filters: only those that prune whole filters, or only the others; the dense rows in both. A smaller network has the sparsity
+    of the largest one that lacks as many weights.
     """
     series = {}
+    largest = max((run['weights'] for run in results.values() if run['status'] == 'finished'), default=0)
     macs = 'small_macs' if filters else 'macs_nonzero'
     for row in table['rows']:
         runs = [result for (name, _), result in results.items() if name == row['id'] and result['status'] == 'finished']
@@ -64,7 +66,7 @@ def points(table, results, filters):
             figures = figures.get('accuracy') if isinstance(figures, dict) else figures
             series.setdefault(series_of(row['id']), []).append(
                 (
-                    100 * statistics.fmean(run['sparsity'] for run in runs),
+                    100 * statistics.fmean(1 - (run['weights'] - run['zeros']) / largest for run in runs),
                     statistics.fmean(run.get(macs, run['macs_dense']) for run in runs) / 1e6,
                     statistics.fmean(accuracies),
                     statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
@@ -82,7 +84,8 @@ def draw_curves(table, results, filters=False):
     series = {name: found for name, found in series.items() if found}
     if sum(len(found) for found in series.values() if len(found) > 1) < 4:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout='constrained')
+    width = 9 if len(series) < 16 else 10
+    figure, (left, right) = plt.subplots(1, 2, figsize=(width, 4), sharey=True, layout='constrained')
     for number, (name, found) in enumerate(series.items()):
         look = {'color': COLOURS[number % len(COLOURS)], 'marker': MARKS[number % len(MARKS)], 'markersize': 5}
         aside = 1.025 ** (number - (len(series) - 1) / 2)
@@ -109,7 +112,7 @@ def draw_curves(table, results, filters=False):
     right.set_xlabel('million MACs, one image, ' + ('filters removed' if filters else 'with non-zero weights'))
     left.set_ylabel('test accuracy, %')
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside right upper', frameon=False)
+    figure.legend(handles, labels, loc='outside right upper', frameon=False, ncols=1 if len(labels) < 16 else 2)
     figure.suptitle(table['title'], fontsize=10)
     return figure
 

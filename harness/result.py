@@ -17,12 +17,16 @@ from sparse_utils import count_macs, count_zeros
 
 
 def commit():
-    """The short git commit of this code, with a + when files differ from it; None outside a git checkout."""
+    """The short git commit of this code, with a + when files differ from it; None outside a git checkout.
+
+    What recording a run writes, results/ and the README that repeats it, is no code.
+    """
     here = Path(__file__).resolve().parent
     try:
         git = ['git', '-C', str(here)]
         name = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True, check=True)
+        code = ['--', ':(top)', ':(top,exclude)results', ':(top,exclude)README.md']
+        dirty = subprocess.run([*git, 'status', '--porcelain', '-uno', *code], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return name.stdout.strip() + ('+' if dirty.stdout.strip() else '')

@@ -29,7 +29,31 @@ def ten_epochs(runs, row):
     return accuracy(runs, 'cifar10_10ep', row)
 
 
+def digits(runs, share):
+    """{method: mean accuracy} of the digits' rows at a share."""
+    rows = {row for row, _ in runs['digits'] if row.endswith(f'-{share}')}
+    return {row.removesuffix(f'-{share}'): accuracy(runs, 'digits', row) for row in rows}
+
+
+def beaten(accuracies, control):
+    """The methods that are no better than the control."""
+    return {name for name, own in accuracies.items() if name != control and own <= accuracies[control]}
+
+
 CLAIMS = {
+    'At 98 % all methods with single zeros beat a dense network with as few weights (small-dense), but four': lambda runs: (
+        beaten(digits(runs, 98), 'small-dense') == {'str', 'dpf', 'level', 'agp'}
+    ),
+    'at 98 % random masks are as good as RigL': lambda runs: abs(digits(runs, 98)['static'] - digits(runs, 98)['rigl']) < 0.5,
+    'FPGM, Taylor, L1 and L2 beat random filters; group_norm, slim, apoz and mean_activation do not': lambda runs: (
+        beaten(digits(runs, 80), 'random_filter') == {'group_norm', 'slim', 'apoz', 'mean_activation'}
+    ),
+    'At 90 % zeros the methods that prune while they train lie within three points': lambda runs: (
+        max(digits(runs, 90).values()) - min(digits(runs, 90).values()) < 3
+    ),
+    'DPF holds 90 % and falls while its masks tighten to 98 %': lambda runs: (
+        digits(runs, 90)['dpf'] > 98 and digits(runs, 98)['dpf'] < 80
+    ),
     'at 98 % zeros Feather leads, before ST-3 and gradual magnitude pruning': lambda runs: (
         ten_epochs(runs, 'feather-98') > ten_epochs(runs, 'st3-98') > ten_epochs(runs, 'gmp-98')
     ),
