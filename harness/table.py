@@ -117,7 +117,7 @@ def pictures(table):
     """The PNG files that harness/plot.py has drawn for a table."""
     folder = (RESULTS / table).parent
     stem = Path(table).name
-    return [path for name in ('', '-filters', '-layers') if (path := folder / f'{stem}{name}.png').exists()]
+    return [path for name in ('', '-filters', '-learning', '-layers') if (path := folder / f'{stem}{name}.png').exists()]
 
 
 def published_sizes(table, results):
