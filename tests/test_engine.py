@@ -557,3 +557,13 @@ def test_kernels_under_sanitizers():
     done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert ' passed' in done.stdout
+
+
+def test_one_comparison_that_was_disturbed_does_not_give_the_engine_up(monkeypatch):
+    model = sparse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 0.9)
+    outcomes = [True, True, False]
+    monkeypatch.setattr(SparseNetwork, '_loses', lambda self, plan, inputs: outcomes.pop(0))
+    network = sparse_compile(model, torch.randn(1, 3, 8, 8), threads=1)
+    assert not outcomes and 'PyTorch' not in network.report()[0]['kernel']
+    outcomes += [True, True, True]
+    assert sparse_compile(model, torch.randn(1, 3, 8, 8), threads=1).report()[0]['kernel'] == 'PyTorch: PyTorch is faster'
