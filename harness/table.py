@@ -3,11 +3,14 @@
     python -m harness.table            rewrite results/<table>.md of every table in configs/, results/tables.md, their list, and
                                        results/weights/README.md, the list of published weights
     python -m harness.table --check    fail if one of them is not what results/runs.jsonl says
+    python -m harness.table --compare TABLE ROW ROW     the difference between two rows, with its interval
 
 A row shows the mean and the sample standard deviation over its seeds, or, with `summary: median` in the table, the median and
-the range. Accuracy is that of the last epoch on the test set, zeros and MACs are counted on the saved network, and where whole
-filters went also on the network without them; milliseconds, with `times: true` in the table, are those of that network and, in
-brackets, of the dense one in the same run; where single weights are zero, of the sparse engine and, in brackets, of PyTorch.
+the range. Where rows have several seeds, as the dense one, a column has the difference to it, paired by seeds, with its 95 %
+interval by a paired t test. Accuracy is that of the last epoch on the test set, zeros and MACs are counted on the saved
+network, and where whole filters went also on the network without them; milliseconds, with `times: true` in the table, are
+those of that network and, in brackets, of the dense one in the same run; where single weights are zero, of the sparse engine
+and, in brackets, of PyTorch.
 A table that was never run has a page too, with the published figures and "not run".
 README.md and results/README.md repeat some of these pages, between the comments <!-- results/NAME.md --> and <!-- end -->;
 both commands see to those too.
@@ -25,7 +28,7 @@ from deploy import files
 from deploy.files import read_json
 from methods._flags import PLACE
 
-from . import weights_page
+from . import pairs, weights_page
 from .markdown import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +180,7 @@ def columns_of(table, results, sizes):
         columns['paper'] = lambda row, runs: paper(row)
     columns |= {
         'accuracy %': lambda row, runs: accuracy(runs, summary),
+        **minus_dense(results),
         'seeds': lambda row, runs: ' '.join(str(seed) for seed, run in sorted(runs.items()) if run['status'] == 'finished'),
         'zeros': over_runs(lambda run: run['zeros'], '{:,.0f}'),
         'of weights': over_runs(lambda run: run['weights'], '{:,.0f}'),
@@ -200,6 +204,17 @@ def columns_of(table, results, sizes):
     if sizes:
         columns['kB published'] = lambda row, runs: f'{mean(sizes[row["id"]]):,.1f}' if row['id'] in sizes else ''
     return columns
+
+
+def minus_dense(results):
+    """The column of the difference to the dense row; none where fewer than two seeds of any row are paired with its own."""
+
+    def cell(row, runs):
+        found = pairs.difference(results, row['id'], 'dense') if row['id'] != 'dense' else None
+        return f'{found[0]:+.2f} ± {found[1]:.2f}' if found else ''
+
+    paired = [pairs.difference(results, row, 'dense') for row in {row for row, _ in results} - {'dense'}]
+    return {'minus dense (95 %)': cell} if any(paired) else {}
 
 
 def finished_of(runs):
@@ -354,11 +369,26 @@ def write(pages):
         path.write_text(readme(path))
 
 
+def compare(results, table, row, control):
+    """Print the difference between two rows of a table, paired by seeds."""
+    found = pairs.difference(results.get(table, {}), row, control)
+    if found is None:
+        sys.exit(f'{row} and {control} have fewer than two recorded seeds in common in {table}')
+    middle, half, seeds = found
+    print(f'{row} - {control}: {middle:+.2f} points, 95 % interval {middle - half:+.2f} to {middle + half:+.2f}')
+    print(f'paired over the seeds {" ".join(map(str, seeds))} of {table}')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing; fail where a page is stale')
-    check = parser.parse_args().check
+    parser.add_argument('--compare', nargs=3, metavar=('TABLE', 'ROW', 'ROW'), help='the difference between two rows')
+    options = parser.parse_args()
+    check = options.check
     results = recorded()
+    if options.compare:
+        compare(results, *options.compare)
+        return
     pages = {f'{name}.md': page(name, results.get(name, {})) for name in table_names()}
     pages['tables.md'] = index(results)
     pages['weights/README.md'] = weights_page.page()

@@ -17,7 +17,7 @@ import torch
 from helpers import ROOT, same_state, start_main
 
 import args as arguments
-from harness import launch, plot
+from harness import launch, pairs, plot
 from harness import table as tables
 
 TINY_TABLE = """
@@ -419,3 +419,16 @@ def test_launch_works_from_another_folder(tmp_path):
     words = [ROOT / 'launch', 'own', 'configs/quickstart', '--list']
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and 'own.yaml: 1 runs' in done.stdout and 'quickstart.yaml: 3 runs' in done.stdout, done.stderr
+
+
+def test_paired_differences_by_hand():
+    # differences 1, 2, 3: mean 2, s = 1, t(0.975, 2) = 4.302653, half = 4.302653 / sqrt(3) = 2.484138
+    assert pairs.paired_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484138), abs=1e-6)
+    runs = {('dense', seed): 90.0 for seed in (0, 1, 2)} | {('a', seed): 91.0 + seed for seed in (0, 1, 2)} | {('b', 1): 95.0}
+    results = {key: {'status': 'finished', 'accuracy': value} for key, value in runs.items()}
+    results['a', 5] = {'status': 'failed'}
+    assert pairs.difference(results, 'a', 'dense') == (2.0, pytest.approx(2.484138, abs=1e-6), [0, 1, 2])
+    assert pairs.difference(results, 'b', 'dense') is None
+    column = tables.minus_dense(results)['minus dense (95 %)']
+    assert [column({'id': name}, {}) for name in ('dense', 'a', 'b')] == ['', '+2.00 ± 2.48', '']
+    assert not tables.minus_dense({key: result for key, result in results.items() if key[0] != 'a'})
