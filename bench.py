@@ -97,7 +97,8 @@ def bench_threshold(device, repeats, names):
             show(f'threshold search, {n:,} weights, ratio {ratio}', times, 'full sort', speedup=True)
 
 
-SMALL, LARGE = ('--model=resnet20', '--width=32'), ('--model=resnet50',)
+SMALL = ('--model=resnet20', '--width=32')
+LARGE = ('--model=resnet50',)
 STEPS = 40  # of the schedule
 
 

@@ -215,7 +215,8 @@ class Job:
 
     def restore(self, method, optimizer, stage):
         """Load what there is of this stage and return the epoch to go on with, 0 for none."""
-        ended, current = self.folder / f'stage-{stage}.pt', self.folder / 'checkpoint.pt'
+        ended = self.folder / f'stage-{stage}.pt'
+        current = self.folder / 'checkpoint.pt'
         processes.wait()
         path = next((path for path in (ended, current) if path.exists()), None)
         if path is None:

@@ -676,7 +676,7 @@ class Feather(nn.Module):
         self.theta = theta
         self.register_buffer('threshold', torch.zeros(()))
 
-    def forward(self, weight):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return _Feather.apply(weight, self.threshold, self.p, self.theta)
 
 
@@ -845,7 +845,7 @@ class Pruner:
             threshold = self.find_threshold(self._weights(number), self._ratio, guess)
             torch._foreach_copy_(buffers, [threshold] * len(buffers))
 
-    def find_threshold(self, weights, ratio, guess):
+    def find_threshold(self, weights: list[torch.Tensor], ratio: float, guess: torch.Tensor | float | None) -> torch.Tensor:
         """global_threshold(), which a subclass may have faster."""
         return global_threshold(weights, ratio, guess)
 
@@ -1005,7 +1005,7 @@ class AdaptiveThreshold(nn.Module):
         else:
             self.register_buffer('r', r)
 
-    def forward(self, weight):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
         if self.training:
             if not torch.compiler.is_compiling():
                 self.move_after_backward(weight)  # again, for copies of the model have no hooks on their parameters

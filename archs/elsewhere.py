@@ -232,7 +232,8 @@ def network_of_file(name, num_classes, in_channels, image_size, sources=None):
     """
     path, _, function = name.rpartition(':')
     if not path.endswith('.py'):
-        path, function = name, ''
+        path = name
+        function = ''
     path = Path(path).expanduser().resolve()
     file = path if sources is None else copy_of(path, sources)
     if not file.is_file():
@@ -300,7 +301,8 @@ def folder_importable(file):
 
     Modules that were loaded before under a name which the folder has too are out of the way meanwhile, but for installed ones.
     """
-    top, parts = file.parent, [file.stem]
+    top = file.parent
+    parts = [file.stem]
     while (top / '__init__.py').is_file():
         parts.insert(0, top.name)
         top = top.parent

@@ -21,7 +21,8 @@ def zeros_only(constants):
 def pointwise(node, args):
     """What the operation makes of constants; unknown stays unknown, but a product with zero is zero."""
     names = [name for name, value in args.items() if isinstance(value, fx.Node)]
-    product, target = name_of(node) in ('mul', 'multiply'), node.target
+    product = name_of(node) in ('mul', 'multiply')
+    target = node.target
     prelu = name_of(node) == 'prelu'
 
     def function(*constants):

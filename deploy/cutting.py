@@ -24,7 +24,8 @@ class Kept(NamedTuple):
 
 def take(tensor, kept):
     """The part of a tensor that stays."""
-    rows, columns = kept.rows.to(tensor.device), kept.columns
+    rows = kept.rows.to(tensor.device)
+    columns = kept.columns
     tensor = tensor.index_select(kept.dimension, rows)
     if columns is None:
         return tensor
@@ -41,12 +42,14 @@ def cut(network, decision):
 
     network: a copy of the one that was read. Tensors that stay whole are not in the result.
     """
-    channels, keep = decision.channels, decision.keep
+    channels = decision.channels
+    keep = decision.keep
     weights = dict(channels.weights)
     for reader in decision.readers:
         if not (keep[reader.filters].all() and keep[reader.inputs].all()):
             weights |= _absorb(network, decision, reader)
-    kept, groups = {}, {step.weight: step for step in channels.steps if isinstance(step, Mix)}
+    kept = {}
+    groups = {step.weight: step for step in channels.steps if isinstance(step, Mix)}
     for name, dimensions in weights.items():
         part = _kept_of(channels, keep, dimensions, groups.get(name))
         if part is not None:
@@ -121,7 +124,8 @@ def _set_sizes(network, name, step, dimensions, keep, classes):
 def _absorb(network, decision, reader):
     """Let a layer do without the constants that are removed from its input: its bias makes up for them or, before zero
     padding, the weights on one constant that stays -> {name of a bias that had to be made: its channels}."""
-    keep, step = decision.keep, reader.step
+    keep = decision.keep
+    step = reader.step
     use = ~keep[reader.inputs] & (reader.constants != 0) & ~reader.constants.isnan()
     if not use.any():
         return {}
@@ -147,7 +151,8 @@ def _merge(weight, reader, use, keep):
     inputs, constants, use = (part.view(groups, -1) for part in (keep[reader.inputs], reader.constants, use))
     for group, rows in enumerate(weight.chunk(groups)):
         if use[group].any():
-            c, own = constants[group], use[group].to(weight.device)
+            c = constants[group]
+            own = use[group].to(weight.device)
             carrier = int((c.nan_to_num(0.0).abs() * inputs[group]).argmax())
             share = (c[use[group]] / c[carrier]).to(weight.device)
             rows[:, carrier] += (rows[:, own].double() * share.view(1, -1, *[1] * (rows.dim() - 2))).sum(1)

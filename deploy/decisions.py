@@ -20,7 +20,8 @@ class Decision:
     """
 
     def __init__(self, channels, round_to=1, extra=()):
-        self.channels, self.round_to = channels, round_to
+        self.channels = channels
+        self.round_to = round_to
         self.readers = [Reader(channels, step) for step in channels.steps if isinstance(step, Mix) and not step.depthwise]
         self.depthwise = [step for step in channels.steps if isinstance(step, Mix) and step.depthwise]
         self.pinned = torch.zeros(int(channels.classes.max()) + 1 if channels.count else 0, dtype=torch.bool)
@@ -40,31 +41,35 @@ class Decision:
                 self.pinned[classes.flatten()] = True
 
     def _needed(self):
-        needed, before = self.pinned.clone(), -1
+        needed = self.pinned.clone()
         loose = [self._loose(step) for step in self.channels.steps if not isinstance(step, Mix)]
         loose = [pair for pair in loose if len(pair[0])]
-        while before != (before := int(needed.sum())):
+        while True:
+            before = int(needed.sum())
             for reader in reversed(self.readers):
                 needed[reader.inputs[reader.read(needed) & reader.varies]] = True
             for source, target in loose:
                 needed[source[needed[target]]] = True
-        return needed
+            if int(needed.sum()) == before:
+                return needed
 
     def _loose(self, step):
         """Classes on which others depend without being tied to them, as a map of one channel that gates all."""
         channels = self.channels
-        source, target = channels.classes[step.source], channels.classes[step.target]
+        source = channels.classes[step.source]
+        target = channels.classes[step.target]
         apart = (source != target) & channels.constants[step.target].isnan()
         pairs = torch.stack([source[apart], target[apart]]).unique(dim=1)
         return pairs[0], pairs[1]
 
     def _kept(self):
-        keep, before = self.needed.clone(), -1
+        keep = self.needed.clone()
         channels = self.channels
         blocks = [channels.classes[numbers] for _, numbers in channels.blocks]
         alone = [channels.classes[numbers] for dims in channels.weights.values() for numbers in dims.values()]
         alone += [channels.classes[shadow].flatten() for shadow in channels.bare.values() if shadow.numel()]
-        while before != (before := int(keep.sum())):
+        while True:
+            before = int(keep.sum())
             for reader in self.readers:
                 reader.keep_carrier(keep)
                 _equalize(keep, reader.inputs, reader.filters, reader.groups, self.round_to)
@@ -74,15 +79,18 @@ class Decision:
                     revive(keep, part, max(most, 1))
             for classes in alone:
                 revive(keep, classes, max(int(keep[classes].sum()), 1))
-        return keep
+            if int(keep.sum()) == before:
+                return keep
 
 
 class Reader:
     """A Mix step by classes: who reads which constant and varying channels."""
 
     def __init__(self, channels, step):
-        self.step, self.groups = step, step.groups
-        self.filters, self.inputs = channels.classes[step.out], channels.classes[step.inputs]
+        self.step = step
+        self.groups = step.groups
+        self.filters = channels.classes[step.out]
+        self.inputs = channels.classes[step.inputs]
         self.constants = channels.constants[step.inputs]
         module = channels.module_of(step.weight)
         shared = channels.uses[step.weight] > 1  # no bias or weight can make up for constants that differ
@@ -93,7 +101,8 @@ class Reader:
 
     def read(self, keep):
         """Bool [in]: inputs on which a filter that is kept has a weight that is not zero."""
-        filters, step = keep[self.filters].view(self.groups, -1, 1), self.step
+        filters = keep[self.filters].view(self.groups, -1, 1)
+        step = self.step
         if step.rectangle is not None:  # the weights that are not zero are whole rows and columns, as filter pruners leave them
             rows, columns = step.rectangle
             return (columns & (filters & rows).any(1, keepdim=True)).view(-1)
@@ -130,12 +139,14 @@ def revive(keep, classes, number):
 
 def _equalize(keep, inputs, filters, groups, round_to):
     """Keep as many channels in each group of a convolution as in the fullest one; no group, or all, may lose everything."""
-    inputs, filters = inputs.view(groups, -1), filters.view(groups, -1)
+    inputs = inputs.view(groups, -1)
+    filters = filters.view(groups, -1)
     if round_to == 1 and groups == 1 and bool(keep[inputs].any()) and bool(keep[filters].any()):
         return
     alive = keep[inputs].any(1) | keep[filters].any(1)
     alive[0] |= not alive.any()
-    fed, made = int(keep[inputs].sum(1).max()), int(keep[filters].sum(1).max())
+    fed = int(keep[inputs].sum(1).max())
+    made = int(keep[filters].sum(1).max())
     total = math.ceil(max(made, 1) * int(alive.sum()) / round_to) * round_to
     for group in alive.nonzero().view(-1).tolist():
         revive(keep, inputs[group], max(fed, 1))

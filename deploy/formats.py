@@ -15,12 +15,13 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from . import files
 from .network_file import description_paths, load, reason
 
 
-def write_pt2(model, example_input, path):
+def write_pt2(model: nn.Module, example_input: torch.Tensor, path: str | Path) -> None:
     """Write the .pt2 file of torch.export, for any batch size; example_input: a batch. Read it with read(path, trust=True)."""
     program = torch.export.export(*_exportable(model, example_input), dynamic_shapes=({0: torch.export.Dim('batch')},))
     files.write_atomically(Path(path), lambda file: torch.export.save(program, file))
@@ -31,7 +32,7 @@ def missing_onnx_packages() -> list[str]:
     return [name for name in ('onnx', 'onnxscript') if importlib.util.find_spec(name) is None]
 
 
-def write_onnx(model, example_input, path):
+def write_onnx(model: nn.Module, example_input: torch.Tensor, path: str | Path) -> None:
     """Write an ONNX file with inputs `input` and outputs `output`, for any batch size. Raises ValueError, naming the packages
     to install, where those that PyTorch needs for it are missing."""
     if missing := missing_onnx_packages():
@@ -49,7 +50,7 @@ def write_onnx(model, example_input, path):
     files.write_atomically(Path(path), lambda file: file.write(program.model_proto.SerializeToString()))
 
 
-def write_torchscript(model, example_input, path):
+def write_torchscript(model: nn.Module, example_input: torch.Tensor, path: str | Path) -> None:
     """Write a TorchScript file by tracing. PyTorch deprecates the format: prefer .pt2 where the choice is free."""
     model, (example,) = _exportable(model, example_input)
     with _quiet_jit():
@@ -72,7 +73,7 @@ def _exportable(model, example_input):
     return copy.deepcopy(model).eval(), (torch.cat([example, example]) if len(example) == 1 else example,)
 
 
-def read(path, trust=False):
+def read(path: str | Path, trust: bool = False) -> nn.Module:
     """A network, in eval mode, from a file of save(), write_pt2() or write_torchscript(), whichever it is.
 
     The last two kinds hold a program, which runs as code on this machine when it is loaded or used: they are refused unless

@@ -216,7 +216,8 @@ def line_of(node):
 
 def place_of(node):
     """`view in layer1.0 (net.py, line 12)`: an operation as a person finds it."""
-    owner, line = owner_of(node), line_of(node)
+    owner = owner_of(node)
+    line = line_of(node)
     where = f' in {owner}' if owner else ''
     file = f' ({line[0].rpartition("/")[2]}, line {line[1]})' if line else ''
     return f'{name_of(node) or node.name}{where}{file}'

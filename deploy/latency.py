@@ -12,7 +12,9 @@ from .outputs import eval_mode
 
 SECONDS = 0.5  # how long to measure one batch size
 THREADS = 2  # of the CPU, while measuring
-WARM_UP, FEWEST, MOST = 3, 5, 100  # passes: not counted, and the bounds for those that are
+WARM_UP = 3  # passes: not counted, and the bounds for those that are
+FEWEST = 5
+MOST = 100
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from .graph import name_of, owner_of, place_of, read_program, shape_of
 from .outputs import arguments, tensors_of
-from .rules import SAME, SPATIAL, SUMMING
+from .rules import SAME, SPATIAL, SUMMING, is_pointwise
 from .rules import arguments as arguments_of
 from .ties import Channels, Mix
 
@@ -156,7 +156,8 @@ def kind_of(channels, layers, norms, node):
     'norm': a batch norm. 'cat': side by side. 'flat': each becomes a block of features. 'sum': the addition of two tensors of
     one shape. '': any other, which needs all of them in order.
     """
-    layer, name = layers.get(node), name_of(node)
+    layer = layers.get(node)
+    name = name_of(node)
     if layer is not None:
         if layer.held or layer.step.groups > 1 and not layer.step.depthwise:
             return ''
@@ -168,7 +169,8 @@ def kind_of(channels, layers, norms, node):
         return 'same'
     if not torch.is_tensor(node.meta.get('val')) or node.op != 'call_function':
         return ''
-    shape, shapes = shape_of(node), [shape_of(source) for source in sources]
+    shape = shape_of(node)
+    shapes = [shape_of(source) for source in sources]
     if len(shape) < 2 or not sources or any(len(other) < 2 for other in shapes):
         return ''
     if name == 'batch_norm' and is_plain_norm(channels, node) and len(shape) <= 5:
@@ -198,11 +200,12 @@ def _by_channel(node, name, dims):
         return args['dim'] % dims > 1
     if name in ('pad', 'constant_pad_nd'):
         return len(args['pad']) <= 2 * (dims - 2)
-    return name in SPATIAL or torch.Tag.pointwise in getattr(node.target, 'tags', ())
+    return name in SPATIAL or is_pointwise(node)
 
 
 def _followed(channels, node):
-    shadow, shape = channels.shadow(node), shape_of(node)
+    shadow = channels.shadow(node)
+    shape = shape_of(node)
     return torch.is_tensor(shadow) and shadow.numel() == shadow.shape[1] == shape[1] and bool((shadow >= 0).all())
 
 
@@ -217,7 +220,8 @@ def _is_sum(channels, node, sources):
 
 def is_plain_norm(channels, node):
     """Whether a batch norm has statistics, and all its tensors are the model's own."""
-    args, names = arguments_of(node), channels.program.names
+    args = arguments_of(node)
+    names = channels.program.names
     tensors = [args[key] for key in ('weight', 'bias', 'running_mean', 'running_var')]
     plain = all(tensor is None or tensor in names for tensor in tensors) and (tensors[0] is None) == (tensors[1] is None)
     return plain and tensors[2] is not None and tensors[3] is not None and not args['training']
@@ -247,7 +251,8 @@ def is_rigid(network, node):
 
 def _folded(channels):
     """{batch norm node: the node of the layer it alone follows}, of those that can be folded into that."""
-    program, found = channels.program, {}
+    program = channels.program
+    found = {}
     uses = {}
     for node, name in program.names.items():
         uses[name] = uses.get(name, 0) + len(node.users)
@@ -264,7 +269,8 @@ def _folded(channels):
 
 
 def _layer(channels, step, norms, needed, most):
-    program, node = channels.program, step.node
+    program = channels.program
+    node = step.node
     norm = next((norm for norm, own in norms.items() if own is node), None)
     weight = program.tensors[step.weight].detach()
     bias = None if step.bias is None else program.tensors[step.bias].detach()
@@ -275,7 +281,8 @@ def _layer(channels, step, norms, needed, most):
     inputs = channels.constants[step.inputs]
     given = inputs.isnan() | step.padded & (inputs != 0)
     kernels = weight.flatten(2).ne(0).any(2) if weight.dim() > 2 else weight.ne(0)
-    need, varies = needed[out], constant.isnan()
+    need = needed[out]
+    varies = constant.isnan()
     by_group = given.view(step.groups, 1, -1).expand(-1, len(weight) // step.groups, -1).flatten(0, 1)
     reads = kernels.cpu() & by_group & (varies & need)[:, None]
     owner, _, last = step.weight.rpartition('.')
@@ -301,7 +308,8 @@ def _fold(weight, bias, args, program):
     scale = (values['running_var'] + args['eps']).rsqrt()
     shift = -values['running_mean'] * scale
     if values['weight'] is not None:
-        scale, shift = scale * values['weight'], shift * values['weight'] + values['bias']
+        scale = scale * values['weight']
+        shift = shift * values['weight'] + values['bias']
     folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
     bias = shift if bias is None else bias.double() * scale + shift
     return folded.to(weight.dtype), bias.to(weight.dtype)
@@ -309,7 +317,8 @@ def _fold(weight, bias, args, program):
 
 def full_bias(network, layer):
     """The bias [O] of a layer, with what constant inputs contribute; that of a constant filter is the constant."""
-    weight, step = layer.weight, layer.step
+    weight = layer.weight
+    step = layer.step
     bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.double().cpu()
     inputs = network.channels.constants[step.inputs]
     absorbed = torch.where(layer.given, 0.0, inputs).view(step.groups, -1, 1)
@@ -340,7 +349,8 @@ def _needed(channels):
 
 def _used(program, dropped):
     """The nodes on which the outputs depend."""
-    used, waiting = set(), [node for node in program.nodes if node.op == 'output']
+    used = set()
+    waiting = [node for node in program.nodes if node.op == 'output']
     while waiting:
         node = waiting.pop()
         if node not in used:

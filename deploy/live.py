@@ -34,7 +34,8 @@ def norms_behind(channels):
 
     Transposed convolutions count, too.
     """
-    names, found = channels.program.names, {}
+    names = channels.program.names
+    found = {}
     norms = {step.node: norm_of(channels, step) for step in channels.steps if isinstance(step, Each) and is_norm(step)}
     convs = [node for node in channels.program.nodes if name_of(node).startswith('conv') and node.args[1] in names]
     weights = [names[node.args[1]] for node in convs]
@@ -88,10 +89,12 @@ def dead_norms(channels, masks):
     masks: as for live_masks. All batch norms of the network are there, also those that follow no convolution.
     """
     _, fed, read = _sweep(channels, _checked(channels, masks))
-    device, dead = next((mask.device for mask in masks.values()), None), {}
+    device = next((mask.device for mask in masks.values()), None)
+    dead = {}
     for step in channels.steps:
         if isinstance(step, Each) and is_norm(step):  # one that is used twice is dead where it is dead in both uses
-            numbers, name = step.out.flatten(), norm_of(channels, step)
+            numbers = step.out.flatten()
+            name = norm_of(channels, step)
             dead[name] = ~(fed[numbers] & read[numbers]).to(device) & dead.get(name, torch.tensor(True, device=device))
     return dead
 
@@ -110,7 +113,8 @@ def _sweep(channels, masks):
         elif rule == 'any':
             fed[step.out] = False
             fed[step.target[fed[step.source]]] = True
-    read, kept = torch.zeros(channels.count, dtype=torch.bool), {}
+    read = torch.zeros(channels.count, dtype=torch.bool)
+    kept = {}
     for numbers, _ in channels.pins:
         read[numbers] = True
     for step, rule in zip(reversed(channels.steps), reversed(rules), strict=True):
@@ -125,7 +129,8 @@ def _sweep(channels, masks):
             else:
                 live = live & inputs
                 wanted = live.any(1)
-            name, flat = layer_of(step), live.flatten(0, 1)
+            name = layer_of(step)
+            flat = live.flatten(0, 1)
             kept[name] = kept[name] | flat if name in kept else flat
             read[step.inputs[wanted.flatten()]] = True
         else:
@@ -162,7 +167,8 @@ def _fed(step, kernels, inputs):
 
 def _kernels(step, masks):
     """The mask of a convolution as [groups, out / groups, in / groups], or with a last size of 1 for whole filters."""
-    mask, (groups, filters, _) = masks.get(layer_of(step)), step.reads.shape
+    mask = masks.get(layer_of(step))
+    (groups, filters, _) = step.reads.shape
     return torch.ones(groups, filters, 1, dtype=torch.bool) if mask is None else mask.view(groups, filters, -1)
 
 

@@ -53,8 +53,11 @@ def expanded(shadow, shape, dimensions=None):
 def view(channels, node, args):
     """Dimensions are split or merged; where a followed one takes part, all of its group are."""
     source = args['self']
-    before, after, shadow = shape_of(source), shape_of(node), channels.shadow(source)
-    targets_in, targets_out = list(shadow.shape), [1] * len(after)
+    before = shape_of(source)
+    after = shape_of(node)
+    shadow = channels.shadow(source)
+    targets_in = list(shadow.shape)
+    targets_out = [1] * len(after)
     split = False
     for ins, outs in _groups(before, after):
         if any(shadow.shape[d] > 1 for d in ins):
@@ -73,15 +76,25 @@ def view(channels, node, args):
 
 def _groups(before, after):
     """[(dimensions of the input, dimensions of the output)] that hold the same elements."""
-    found, i, j = [], 0, 0
+    found = []
+    i = 0
+    j = 0
     while i < len(before) and j < len(after):
-        ins, outs, one, other = [i], [j], before[i], after[j]
-        i, j = i + 1, j + 1
+        ins = [i]
+        outs = [j]
+        one = before[i]
+        other = after[j]
+        i = i + 1
+        j = j + 1
         while one != other:
             if one < other:
-                ins, one, i = [*ins, i], one * before[i], i + 1
+                ins = [*ins, i]
+                one = one * before[i]
+                i = i + 1
             else:
-                outs, other, j = [*outs, j], other * after[j], j + 1
+                outs = [*outs, j]
+                other = other * after[j]
+                j = j + 1
         found.append((ins, outs))
     if i < len(before):
         found.append((list(range(i, len(before))), []))
@@ -95,7 +108,8 @@ def permute(channels, node, args):
 
 
 def squeeze(channels, node, args):
-    shadow, shape = channels.shadow(args['self']), shape_of(args['self'])
+    shadow = channels.shadow(args['self'])
+    shape = shape_of(args['self'])
     dims = args.get('dim')
     dims = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
     dims = [d % len(shape) for d in dims if shape[d] == 1]
@@ -109,18 +123,22 @@ def expand(channels, node, args):
 
 def repeat(channels, node, args):
     """Copies side by side: along a dimension that is not followed nothing is to do."""
-    shadow, shape = channels.shadow(args['self']), shape_of(args['self'])
+    shadow = channels.shadow(args['self'])
+    shape = shape_of(args['self'])
     times = args['repeats'] if 'repeats' in args else args['dims']
     lead = [1] * (len(times) - len(shape))
-    shadow, shape = shadow.reshape([*lead, *shadow.shape]), (*lead, *shape)
+    shadow = shadow.reshape([*lead, *shadow.shape])
+    shape = (*lead, *shape)
     return shadow.repeat([t if followed(shadow, d, shape[d]) and shape[d] > 1 else 1 for d, t in enumerate(times)])
 
 
 def joined(channels, node, args):
     """cat: along a followed dimension the channels line up; along another one, each channel goes on in the next tensor."""
-    sources, dim = args['tensors'], args['dim'] % len(shape_of(node))
+    sources = args['tensors']
+    dim = args['dim'] % len(shape_of(node))
     sources = [source for source in sources if shape_of(source) != (0,)]
-    shadows, shapes = [channels.shadow(source) for source in sources], [shape_of(source) for source in sources]
+    shadows = [channels.shadow(source) for source in sources]
+    shapes = [shape_of(source) for source in sources]
     if any(shadow is None for shadow in shadows):
         return None
     apart = all(shadow.shape[dim] == shape[dim] for shadow, shape in zip(shadows, shapes, strict=True))
@@ -144,7 +162,8 @@ def joined(channels, node, args):
 
 def stacked(channels, node, args):
     """stack: a new dimension."""
-    sources, dim = args['tensors'], args['dim'] % len(shape_of(node))
+    sources = args['tensors']
+    dim = args['dim'] % len(shape_of(node))
     shadows = [channels.shadow(source) for source in sources]
     if any(shadow is None for shadow in shadows):
         return None
@@ -163,7 +182,8 @@ def stacked(channels, node, args):
 def parts(channels, node, args):
     """chunk, split, unbind: equal parts must stay equal; others need the dimension as it is."""
     source = args['self']
-    shadow, dim = channels.shadow(source), args['dim'] % len(shape_of(source))
+    shadow = channels.shadow(source)
+    dim = args['dim'] % len(shape_of(source))
     values = node.meta['val']
     removed = len(shape_of(values[0])) < len(shape_of(source))
     if shadow.shape[dim] == 1:
@@ -189,11 +209,14 @@ def _blocks(channels, node, shadow, dim, sizes):
 def sliced(channels, node, args):
     """x[:, start:end:step]: a half or a quarter of a dimension stays one; else the dimension is needed as it is."""
     source = args['self']
-    shadow, shape = channels.shadow(source), shape_of(source)
-    dim, out = args['dim'] % len(shape), shape_of(node)
+    shadow = channels.shadow(source)
+    shape = shape_of(source)
+    dim = args['dim'] % len(shape)
+    out = shape_of(node)
     if shadow.shape[dim] == 1 or out[dim] == shape[dim]:
         return shadow
-    size, length = shape[dim], out[dim]
+    size = shape[dim]
+    length = out[dim]
     start = 0 if args.get('start') is None else args['start']
     start = max(start + size, 0) if start < 0 else min(start, size)
     step = args.get('step', 1)
@@ -207,7 +230,8 @@ def sliced(channels, node, args):
 
 def chosen(channels, node, args):
     """x[:, 3]: one place of a dimension, which is needed as it is."""
-    shadow, dim = channels.shadow(args['self']), args['dim'] % len(shape_of(args['self']))
+    shadow = channels.shadow(args['self'])
+    dim = args['dim'] % len(shape_of(args['self']))
     if shadow.shape[dim] == 1:
         return shadow.squeeze(dim)
     whole(channels, shadow, dim, node)
@@ -222,7 +246,8 @@ def moved(channels, node, args):
     """Any other move: performed on the shadow at full size. The followed dimensions are needed as they are, where it changes
     them."""
     source = args['self']
-    shadow, shape = channels.shadow(source), shape_of(source)
+    shadow = channels.shadow(source)
+    shape = shape_of(source)
     full = expanded(shadow, shape).contiguous()
     values = {}
     for name, value in args.items():
@@ -249,8 +274,10 @@ def _values(channels, value):
 
 def padded(channels, node, args):
     """F.pad: zeros beside the positions of a channel make it vary; beside the channels they are channels of their own."""
-    source, pad = args['self'], args['pad']
-    shadow, shape = channels.shadow(source), shape_of(source)
+    source = args['self']
+    pad = args['pad']
+    shadow = channels.shadow(source)
+    shape = shape_of(source)
     sides = {len(shape) - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
     beside = {d: side for d, side in sides.items() if shadow.shape[d] > 1 and any(side)}
     if not beside:
@@ -279,7 +306,8 @@ def padded(channels, node, args):
 
 def pixel_shuffle(channels, node, args):
     """r * r neighbouring channels become one of r times the size: they go and stay together."""
-    shadow, factor = channels.shadow(args['self']), args['upscale_factor']
+    shadow = channels.shadow(args['self'])
+    factor = args['upscale_factor']
     if shadow.numel() != shape_of(args['self'])[-3] or shadow.dim() != 4:
         return None
     blocks = shadow.view(-1, factor * factor)
@@ -292,7 +320,8 @@ def pixel_shuffle(channels, node, args):
 
 
 def channel_shuffle(channels, node, args):
-    shadow, groups = channels.shadow(args['self']), args['groups']
+    shadow = channels.shadow(args['self'])
+    groups = args['groups']
     if shadow.numel() != shadow.shape[1]:
         return None
     parts = shadow.view(groups, -1)

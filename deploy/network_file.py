@@ -79,7 +79,7 @@ def reason(error):
     return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
 
-def save(model, path, example_input, **info):
+def save(model: nn.Module, path: str | Path, example_input: torch.Tensor | tuple | dict, **info) -> tuple[Path, Path]:
     """Write `path`.pt, the plain state dict, and `path`.json, the description that load() rebuilds the network from.
 
     model: layers with operations of known.py between them; it is left as it is. path: with or without .pt. example_input: a
@@ -114,7 +114,7 @@ def _shapes(example):
     return [_shapes(value) for value in example] if isinstance(example, (list, tuple)) else None
 
 
-def load(path):
+def load(path: str | Path) -> fx.GraphModule:
     """Rebuild the network that save() wrote: an fx.GraphModule in eval mode on the CPU, with the names of the original.
 
     Nothing stored is run: layers and operations are looked up in fixed tables, tensors are read with weights_only. Raises
@@ -318,7 +318,10 @@ def _build_graph(rows, layers, description):
 
 def check_operation(row):
     """Raise ValueError for an operation that is not in the tables, or whose arguments could be anything but values."""
-    op, target, args, kwargs = row['op'], row['target'], row['args'], row['kwargs']
+    op = row['op']
+    target = row['target']
+    args = row['args']
+    kwargs = row['kwargs']
     if op not in ('placeholder', 'call_module', 'call_function', 'call_method', 'get_attr', 'output'):
         raise ValueError(f'unknown kind of operation {op!r}')
     if not isinstance(args, list) or not isinstance(kwargs, dict):

@@ -24,6 +24,7 @@ import math
 import time
 
 import torch
+from torch import nn
 
 from .graph import name_of, plain_copy, shape_of, unwrapped
 from .layers import POOLS, Network, full_size, is_rigid, read_layers
@@ -37,7 +38,7 @@ MARGIN = 0.98  # what is less simple, or larger, must take less than this share 
 CLOSE = 1e-4  # of the largest output: what rounding may do in single precision where batch norms are folded
 
 
-def pack(model, example_input, how='measured'):
+def pack(model: nn.Module, example_input: torch.Tensor | tuple | dict, how: str = 'measured') -> nn.Module:
     """A smaller network with the outputs of the masked model in eval mode -> fx.GraphModule.
 
     model: any network that torch.export can read; it is not changed. Out of DataParallel, DistributedDataParallel or
@@ -61,7 +62,7 @@ def pack(model, example_input, how='measured'):
     return packed
 
 
-def fold(model, example_input, tune=True):
+def fold(model: nn.Module, example_input: torch.Tensor | tuple | dict, tune: bool = True) -> nn.Module:
     """The masked model at full size with its batch norms folded: what a packed network is compared with -> fx.GraphModule.
 
     tune: in the memory layout that measured fastest, among which packing chooses too; else contiguous, PyTorch's default.
@@ -114,9 +115,11 @@ def check(base, packed, example):
     noise = noise_like(base, example)
     if _too_far(run(base, noise), run(packed, noise)):  # rounding is no reason to refuse
         double = change_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, noise)
-        expected, found = run(base, noise), run(packed, noise)
+        expected = run(base, noise)
+        found = run(packed, noise)
         try:
-            expected, found = run(copy.deepcopy(base).double(), double), run(copy.deepcopy(packed).double(), double)
+            expected = run(copy.deepcopy(base).double(), double)
+            found = run(copy.deepcopy(packed).double(), double)
         except RuntimeError:  # a network whose code makes tensors of single precision
             pass
         if _too_far(expected, found):
@@ -172,7 +175,8 @@ def simplest(times):
 
 
 def _random(channels, size, network):
-    example, convs = network.tensor, network.convolutions()
+    example = network.tensor
+    convs = network.convolutions()
     dtype = example.dtype if example.is_floating_point() else torch.get_default_dtype()
     x = torch.randn(len(example), channels, *size, device=example.device, dtype=dtype)
     return x.contiguous(memory_format=torch.channels_last) if len(network.channels_last) == len(convs) and x.dim() == 4 else x
@@ -180,7 +184,8 @@ def _random(channels, size, network):
 
 def _alone(network, node, layout, way, into_sum):
     """A module that runs a convolution in this way, and adds the result to its second input if an addition follows."""
-    sketch, layer = Sketch(network), network.layers[node]
+    sketch = Sketch(network)
+    layer = network.layers[node]
     x = sketch.graph.placeholder('x')
     other = sketch.graph.placeholder('other') if into_sum else None
     pieces = sketch.convolve(x, node, layout, way)
@@ -201,7 +206,9 @@ def measure(functions, device, seconds=0.2, most=50):
 
     For about `seconds` in all, at least 4 and at most `most` times; those far behind after three are not called again.
     """
-    best, start, rounds = [math.inf] * len(functions), time.perf_counter(), 0
+    best = [math.inf] * len(functions)
+    start = time.perf_counter()
+    rounds = 0
     with torch.no_grad():
         for function in functions:
             function()  # the first call sets things up
@@ -228,7 +235,8 @@ def fastest(network, full):
 
     full: gives the Network at full size.
     """
-    candidates, count = layouts(network), len(MULTIPLES)
+    candidates = layouts(network)
+    count = len(MULTIPLES)
     whole = [write(layout, always('whole', multiple)) for layout in candidates for multiple in MULTIPLES]
     dense = [write(layout, always('whole')) for layout in layouts(full())]
     times = times_of(whole + dense, network)
@@ -250,7 +258,8 @@ def times_of(networks, network):
 def layouts(network: Network):
     """The network in the memory layouts that are worth a try: contiguous with the convolutions in front of max pools in
     channels_last, as that is how a CPU pools fast, and channels_last throughout."""
-    convs, pooled = network.convolutions(), set()
+    convs = network.convolutions()
+    pooled = set()
     for node in network.program.nodes:
         if name_of(node) in POOLS and network.kinds[node] == 'pass':
             source = source_of(node)

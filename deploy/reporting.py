@@ -6,6 +6,9 @@ for held in report(model, example_input):
 
 from typing import NamedTuple
 
+import torch
+from torch import nn
+
 from .graph import name_of, place_of
 from .live import layer_of
 from .shrinking import decide
@@ -29,7 +32,7 @@ class Held(NamedTuple):
         return f'{self.layer}: {count}: {self.held_by}; {self.remedy}'
 
 
-def report(model, example_input, round_to=1):
+def report(model: nn.Module, example_input: torch.Tensor | tuple | dict, round_to: int = 1) -> list['Held']:
     """[Held, ...]: for each layer with dead filters that shrink() leaves, what holds them and what would free them.
 
     A filter is dead that puts out one constant for any input. Arguments and errors are those of shrink().
@@ -46,7 +49,8 @@ def held_by_operations(decision, blamed):
 
 def _held(decision, reasons, only=None):
     """[Held, ...], of the classes `only` or of all."""
-    channels, found = decision.channels, []
+    channels = decision.channels
+    found = []
     for step in channels.steps:
         if not isinstance(step, Mix):
             continue
@@ -65,7 +69,8 @@ class _Reasons:
     """Why a class stays: (held by, remedy)."""
 
     def __init__(self, decision, blamed):
-        self.decision, self.channels = decision, decision.channels
+        self.decision = decision
+        self.channels = decision.channels
         classes = self.channels.classes
         self.known = {}  # {class: (held by, remedy)}, the first reason found
         for node in blamed:

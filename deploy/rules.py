@@ -16,7 +16,7 @@ from .graph import name_of, number_of, shape_of
 SAME = 'contiguous clone alias detach lift_fresh_copy lift_fresh'.split()
 SAME += 'dropout feature_dropout alpha_dropout feature_alpha_dropout'.split()
 CASTS = 'to _to_copy type_as float double half bfloat16'.split()
-POINTWISE = 'hardswish masked_fill prelu rsub log_sigmoid softsign celu clip square float_power'.split()
+POINTWISE = 'hardswish masked_fill prelu rsub log_sigmoid softsign celu clip square float_power leaky_relu'.split()
 SUMMING = 'mean sum amax amin max min var std norm linalg_vector_norm logsumexp prod nansum'.split()
 SOFTMAX = 'softmax log_softmax _softmax _log_softmax cumsum cumprod sort'.split()
 SPATIAL = (
@@ -31,7 +31,8 @@ SPATIAL = (
 
 def shadow_of(channels, node):
     """The shadow of an operation's output, or None where no rule knows it."""
-    name, args = name_of(node), arguments(node)
+    name = name_of(node)
+    args = arguments(node)
     if name == 'getitem':
         parts = channels.shadow(node.args[0])
         return parts[node.args[1]] if isinstance(parts, list) else None
@@ -39,9 +40,16 @@ def shadow_of(channels, node):
         return same(channels, node, args)
     rule = RULES.get(name) or (spatial if name in SPATIAL else None) or (reduced if name in SUMMING else None)
     rule = rule or (normalised if name in SOFTMAX else None) or moves.MOVES.get(name)
-    if rule is None and (name in POINTWISE or torch.Tag.pointwise in getattr(node.target, 'tags', ())):
+    if rule is None and is_pointwise(node):
         rule = pointwise
     return rule(channels, node, args) if rule is not None else None
+
+
+def is_pointwise(node):
+    """Whether an operation works element by element, as torch says by a tag that in-place operations do not always have."""
+    twin = getattr(torch.ops.aten, name_of(node), None) if isinstance(node.target, torch._ops.OpOverload) else None
+    tags = [getattr(target, 'tags', ()) for target in (node.target, getattr(twin, 'default', None))]
+    return name_of(node) in POINTWISE or any(torch.Tag.pointwise in some for some in tags)
 
 
 def arguments(node):
@@ -77,7 +85,8 @@ def same(channels, node, args):
 def pointwise(channels, node, args):
     """Element by element, with broadcasting: equal sizes are tied, a size of one serves all."""
     sources = [value for value in args.values() if isinstance(value, fx.Node)]
-    shape, shadows = shape_of(node), [channels.shadow(source) for source in sources]
+    shape = shape_of(node)
+    shadows = [channels.shadow(source) for source in sources]
     if any(shadow is None or isinstance(shadow, list) for shadow in shadows):
         return None
     if all(bool((shadow < 0).all()) for shadow in shadows):
@@ -114,7 +123,8 @@ def _lined_up(sizes, dims):
 def spatial(channels, node, args):
     """Over the positions of a channel: pooling, interpolation, padding. What it makes of a constant is tried."""
     source = first(args)
-    shadow, shape = channels.shadow(source), shape_of(source)
+    shadow = channels.shadow(source)
+    shape = shape_of(source)
     value = node.meta['val']
     out = shape_of(value if torch.is_tensor(value) else value[0])
     if len(out) != len(shape) or out[:2] != shape[:2] or any(size > 1 for size in shadow.shape[2:]):
@@ -125,7 +135,8 @@ def spatial(channels, node, args):
 
 def batch_norm(channels, node, args):
     """Scale and shift channel by channel. With a scale of zero it emits its shift, whatever its input."""
-    source, dims = args['input'], len(shape_of(args['input']))
+    source = args['input']
+    dims = len(shape_of(args['input']))
     numbers = channels.along(source, 1)
     tensors = {key: channels.program.names.get(args[key]) for key in ('weight', 'bias', 'running_mean', 'running_var')}
     if any(args[key] is not None and tensors[key] is None for key in tensors):
@@ -134,7 +145,8 @@ def batch_norm(channels, node, args):
     batch = args.get('training') or args.get('use_input_stats') or 'running_mean' not in values
 
     def function(c):
-        scale, shift = values.get('weight', torch.ones_like(c)), values.get('bias', torch.zeros_like(c))
+        scale = values.get('weight', torch.ones_like(c))
+        shift = values.get('bias', torch.zeros_like(c))
         if batch:
             return torch.where(c.isnan() & (scale != 0), math.nan, shift)
         normed = (c - values['running_mean']) / (values['running_var'] + args['eps']).sqrt() * scale + shift
@@ -173,7 +185,8 @@ def normalised_whole(channels, node, args):
 
 def normalised(channels, node, args):
     """Softmax and sums along one dimension: where that is followed, all of it is needed."""
-    shadow, shape = channels.shadow(args['self']), shape_of(args['self'])
+    shadow = channels.shadow(args['self'])
+    shape = shape_of(args['self'])
     dim = args['dim'] % max(shadow.dim(), 1)
     function = constants.along(node, args, shape, dim) if shadow.shape[dim] == 1 else constants.unknown
     out = channels.each(node, [(shadow, shadow)], shadow.shape, function)
@@ -189,7 +202,8 @@ def normalised(channels, node, args):
 def reduced(channels, node, args):
     """Mean, sum, maximum over dimensions: those that are followed are needed whole."""
     source = args.get('self', args.get('input'))
-    shadow, shape = channels.shadow(source), shape_of(source)
+    shadow = channels.shadow(source)
+    shape = shape_of(source)
     value = node.meta['val']
     if not torch.is_tensor(value) and name_of(node) not in ('max', 'min'):
         return None
@@ -236,9 +250,12 @@ def _merged(channels, node, shadow, shape, function):
 
 def convolution(channels, node, args):
     """A convolution: its filters are new channels; a depthwise one keeps those of its input."""
-    source, weight = args['input'], args['weight']
+    source = args['input']
+    weight = args['weight']
     swapped = 'transpose' in name_of(node) or bool(args.get('transposed'))
-    groups, shape, filters = args['groups'], shape_of(source), shape_of(node)[1]
+    groups = args['groups']
+    shape = shape_of(source)
+    filters = shape_of(node)[1]
     if len(shape) != len(shape_of(weight)) or swapped and groups > 1:
         return None
     inputs = channels.along(source, 1)
@@ -252,7 +269,8 @@ def convolution(channels, node, args):
 
 def _computed_weight(channels, node, args, inputs, filters):
     """A convolution or linear layer whose weight is computed: its rows may go, all that it reads stays."""
-    shadow, dims = channels.shadow(args['weight']), len(shape_of(args['input']))
+    shadow = channels.shadow(args['weight'])
+    dims = len(shape_of(args['input']))
     channels.pin(inputs, node)
     rows = shadow.numel() == shadow.shape[0] == filters and 'transpose' not in name_of(node) and args.get('groups', 1) == 1
     out = channels.new([filters], torch.full([filters], math.nan))
@@ -285,7 +303,10 @@ def _pads(args, kernel):
 
 def linear(channels, node, args):
     """A linear layer over the last dimension."""
-    source, weight, bias, dims = args['input'], args['weight'], args['bias'], len(shape_of(args['input']))
+    source = args['input']
+    weight = args['weight']
+    bias = args['bias']
+    dims = len(shape_of(args['input']))
     inputs = channels.along(source, dims - 1)
     if weight not in channels.program.names:
         return _computed_weight(channels, node, args, inputs, shape_of(node)[-1])
@@ -295,7 +316,8 @@ def linear(channels, node, args):
 def product(channels, node, args):
     """x @ weight, and bias + x @ weight, with a weight [in, out]; between computed tensors, where one side is not followed."""
     one, other = ('mat1', 'mat2') if 'mat1' in args else ('self', 'mat2' if 'mat2' in args else 'other')
-    one, other = args[one], args[other]
+    one = args[one]
+    other = args[other]
     dims = len(shape_of(one))
     bias = args['self'] if name_of(node) == 'addmm' else None
     if other in channels.program.names and len(shape_of(other)) == 2 and args.get('alpha', 1) == args.get('beta', 1) == 1:
@@ -303,7 +325,8 @@ def product(channels, node, args):
             return None
         inputs = channels.along(one, dims - 1)
         return channels.mix(node, other, bias, inputs, swapped=True).view(*[1] * (dims - 1), -1)
-    left, right = channels.shadow(one), channels.shadow(other)
+    left = channels.shadow(one)
+    right = channels.shadow(other)
     if bias is not None or dims != len(shape_of(other)) or dims < 2:
         return None
     if bool((left < 0).all()) and right.shape[-1] == right.numel():

@@ -41,7 +41,9 @@ from .ties import Mix, read_channels
 __all__ = ['Kept', 'decided_together', 'dependency_groups', 'even_parts', 'rebuild_optimizer', 'shrink', 'take']
 
 
-def shrink(model, example_input, round_to=1, return_kept=False):
+def shrink(
+    model: nn.Module, example_input: torch.Tensor | tuple | dict, round_to: int = 1, return_kept: bool = False
+) -> nn.Module | tuple[nn.Module, dict[str, 'Kept']]:
     """A smaller network that computes what `model` computes in eval mode, to 1e-5 of the largest output.
 
     model: any network that torch.export can read; it is left as it is, and the new one has the same classes, names and modes.
@@ -67,7 +69,8 @@ def decide(model, example_input, round_to=1, training=True):
     channels = read_channels(model, example_input, training=training)
     base = plain_copy(model)
     noise = noise_like(base, example_input)
-    expected, stay = run(base, noise), []
+    expected = run(base, noise)
+    stay = []
     while True:
         small = copy.deepcopy(base)
         decision = Decision(channels, round_to, [channels.guesses[node] for node in stay])
@@ -104,7 +107,9 @@ def _blamed(error, guesses, network):
     """Of the operations whose sizes may be written down: those on a line that failed, or else in the innermost module that
     failed
     or one around it, or else all."""
-    lines, failed, names = set(), '', {module: name for name, module in network.named_modules()}
+    lines = set()
+    failed = ''
+    names = {module: name for name, module in network.named_modules()}
     for frame, number in traceback.walk_tb(error.__traceback__):
         lines.add((frame.f_code.co_filename, number))
         module = frame.f_locals.get('self')
@@ -116,7 +121,7 @@ def _blamed(error, guesses, network):
     return found or guesses
 
 
-def dependency_groups(model, example_input, depthwise=False):
+def dependency_groups(model: nn.Module, example_input: torch.Tensor | tuple | dict, depthwise: bool = False) -> list[list[str]]:
     """[[layer names], ...]: convolutions and linear layers whose filters can only be removed together, in the model's order.
 
     Those are the layers that end in one residual stream. Layers that share some of their filters only (added after a
@@ -126,7 +131,7 @@ def dependency_groups(model, example_input, depthwise=False):
     return _groups(read_channels(unwrapped(model), example_input), model, depthwise)
 
 
-def decided_together(model, example_input):
+def decided_together(model: nn.Module, example_input: torch.Tensor | tuple | dict) -> tuple[list[list[str]], dict[str, int]]:
     """(dependency_groups(depthwise=True), even_parts()) of a model that is read once: what decide_together() of the pruners
     takes."""
     channels = read_channels(unwrapped(model), example_input)
@@ -134,7 +139,8 @@ def decided_together(model, example_input):
 
 
 def _groups(channels, model, depthwise):
-    groups, order = defaultdict(list), list(dict(model.named_modules()))
+    groups = defaultdict(list)
+    order = list(dict(model.named_modules()))
     found = {}
     for step in channels.steps:
         if isinstance(step, Mix) and (depthwise or not step.depthwise):
@@ -144,7 +150,7 @@ def _groups(channels, model, depthwise):
     return [group for group in groups.values() if len(group) > 1]
 
 
-def even_parts(model, example_input):
+def even_parts(model: nn.Module, example_input: torch.Tensor | tuple | dict) -> dict[str, int]:
     """{layer name: parts}: layers whose filters, in order, are so many equal parts of which each must lose as many.
 
     Those are grouped convolutions and the layers in front of them, and layers whose output is cut into halves by chunk or
@@ -160,7 +166,8 @@ def _parts(channels):
     grouped += [(len(numbers), channels.classes[numbers].flatten()) for _, numbers in channels.blocks]
     parts = {}
     for step in mixes:
-        filters, name = channels.classes[step.out], step.weight.rpartition('.')[0]
+        filters = channels.classes[step.out]
+        name = step.weight.rpartition('.')[0]
         wanted = [step.groups, *(number for number, classes in grouped if torch.equal(classes, filters))]
         if math.lcm(*wanted) > 1:
             parts[name] = math.lcm(*wanted)

@@ -240,7 +240,8 @@ class Channels:
     def along(self, node, dimension):
         """The numbers [size] of a tensor along one dimension. Where it is not known, or other dimensions are followed, too,
         what there is stays, and the numbers are new ones that stay."""
-        size, shadow = shape_of(node)[dimension], self.shadow(node)
+        size = shape_of(node)[dimension]
+        shadow = self.shadow(node)
         if shadow.shape[dimension] == shadow.numel() == size and bool((shadow >= 0).all()):
             return shadow.flatten()
         reason = self.origin.get(node, node)
@@ -325,8 +326,10 @@ class Channels:
 
     def mix(self, node, weight, bias, inputs, groups=1, padded=False, swapped=False, depthwise=False):
         """Write down a convolution or linear layer -> the numbers of its filters."""
-        names, tensors = self.program.names, self.program.tensors
-        name, bias_name = names[weight], names.get(bias)
+        names = self.program.names
+        tensors = self.program.tensors
+        name = names[weight]
+        bias_name = names.get(bias)
         rows = _rows(tensors[name].detach(), swapped)
         reads = (rows != 0).flatten(2).any(2) if rows.dim() > 2 else rows != 0
         reads = reads.view(groups, -1, rows.shape[1]).cpu()
@@ -365,9 +368,12 @@ class Channels:
         groups, filters, inputs = step.reads.shape
         if not use.any():
             return torch.zeros(groups, filters, dtype=torch.float64)
-        weight, values = _rows(self.program.tensors[step.weight].detach(), step.swapped), torch.where(use, constants, 0.0)
+        weight = _rows(self.program.tensors[step.weight].detach(), step.swapped)
+        values = torch.where(use, constants, 0.0)
         if groups == 1:  # only the columns in use: the first linear layer of a VGG has 25,088
-            weight, values, inputs = weight[:, use.to(weight.device)], values[use], int(use.sum())
+            weight = weight[:, use.to(weight.device)]
+            values = values[use]
+            inputs = int(use.sum())
         weight = weight.double().cpu().reshape(groups, filters, inputs, -1).sum(3)
         return (weight @ values.view(groups, inputs, 1)).squeeze(2)
 
@@ -379,7 +385,8 @@ def _rows(weight, swapped):
 
 def _rectangle(reads):
     """(rows, columns) where exactly the weights of these rows and columns are not zero, else None."""
-    rows, columns = reads.any(2, keepdim=True), reads.any(1, keepdim=True)
+    rows = reads.any(2, keepdim=True)
+    columns = reads.any(1, keepdim=True)
     return (rows, columns) if torch.equal(reads, rows & columns) else None
 
 

@@ -42,7 +42,8 @@ def ways_of(network, node, layout, order, into_sum):
     order: a rank for each filter, or None. into_sum: whether the result may be added into the other summand of an addition.
     """
     layer = network.layers[node]
-    everything, rigid = list(range(len(layer.need))), is_rigid(network, node)
+    everything = list(range(len(layer.need)))
+    rigid = is_rigid(network, node)
     kind = network.kinds[node]
     if kind == 'depthwise':
         return [_depthwise(layer, layout, rigid)]
@@ -109,8 +110,11 @@ def _depthwise(layer, layout, rigid):
 
 def small_conv(network, node, layout, take, filters):
     """The convolution of one piece: its filters over the positions `take` of a tensor with the channels `layout`."""
-    layer, args = network.layers[node], number_of(arguments_of(node))
-    weight, bias, groups = layer.weight, full_bias(network, layer), args['groups']
+    layer = network.layers[node]
+    args = number_of(arguments_of(node))
+    weight = layer.weight
+    bias = full_bias(network, layer)
+    groups = args['groups']
     tail = (0, 0) * (weight.dim() - 2)
     if network.kinds[node] == 'conv':
         columns = layout if take is None else [layout[position] for position in take]
@@ -142,9 +146,11 @@ def small_linear(network, node, layout):
     """The linear layer over features in the order `layout`, None as they are."""
     layer = network.layers[node]
     if layer.held:
-        weight, bias = layer.weight, layer.bias
+        weight = layer.weight
+        bias = layer.bias
     else:
-        weight, bias = layer.weight * layer.given.to(layer.weight), full_bias(network, layer)
+        weight = layer.weight * layer.given.to(layer.weight)
+        bias = full_bias(network, layer)
         bias = bias if layer.bias is not None or bool(bias.any()) else None
     if layout is not None:
         weight = F.pad(weight, (0, 1))[:, layout]
@@ -158,7 +164,8 @@ def small_linear(network, node, layout):
 
 def norm_over(network, node, layout):
     """The batch norm of channels in the order `layout`, -1 for channels that are none; None as they are."""
-    args, program = arguments_of(node), network.program
+    args = arguments_of(node)
+    program = network.program
     values = {key: args[key] for key in ('weight', 'bias', 'running_mean', 'running_var')}
     values = {key: None if value is None else program.tensors[program.names[value]].detach() for key, value in values.items()}
     mean = values['running_mean']

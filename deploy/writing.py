@@ -36,7 +36,10 @@ class Sketch:
     """A graph that is being written; parts: {name: layer or tensor}. last: whether tensors are in channels_last."""
 
     def __init__(self, network):
-        self.network, self.graph, self.parts, self.device = network, fx.Graph(), {}, network.tensor.device
+        self.network = network
+        self.graph = fx.Graph()
+        self.parts = {}
+        self.device = network.tensor.device
         convs = network.convolutions()
         self.last = 0 < len(convs) == len(network.channels_last)
 
@@ -49,7 +52,8 @@ class Sketch:
 
     def take(self, x, positions, name):
         """x[:, positions]: a view where they are neighbours, else a copy."""
-        first, count = positions[0], len(positions)
+        first = positions[0]
+        count = len(positions)
         if positions == list(range(first, first + count)):
             return self.graph.call_function(torch.narrow, (x, 1, first, count))
         if self.last:  # there, indexing is twice as fast as index_select
@@ -67,7 +71,8 @@ class Sketch:
 
     def convolve(self, x, node, layout, way):
         """[(output, its filters)] of each piece of a way."""
-        name, found = self.network.layers[node].name, []
+        name = self.network.layers[node].name
+        found = []
         for k, (take, filters) in enumerate(way.pieces):
             inputs = x if take is None else self.take(x, take, f'{name}_take{k}')
             part = name if len(way.pieces) == 1 else f'{name}.{k}'
@@ -116,8 +121,12 @@ class _Writer(Sketch):
 
     def __init__(self, network, choose):
         super().__init__(network)
-        self.choose, self.order = choose, _order(network)
-        self.env, self.layout, self.pending, self.lines = {}, {}, {}, []
+        self.choose = choose
+        self.order = _order(network)
+        self.env = {}
+        self.layout = {}
+        self.pending = {}
+        self.lines = []
         self.owners = {layer.name for layer in network.layers.values()}
         self.owners |= {self.name_of_norm(node) for node, kind in network.kinds.items() if kind == 'norm'}
 
@@ -226,7 +235,8 @@ class _Writer(Sketch):
 
     def copy(self, node, read):
         """The same operation, not in place, of what read(source) gives."""
-        args, kwargs = fx.map_arg(node.args, read), fx.map_arg(dict(node.kwargs), read)
+        args = fx.map_arg(node.args, read)
+        kwargs = fx.map_arg(dict(node.kwargs), read)
         name = name_of(node)
         if name == 'sym_size':
             return self.graph.call_method('size', args)
@@ -241,7 +251,9 @@ class _Writer(Sketch):
         return self.graph.call_function(plain or target, args, kwargs)
 
     def write_layer(self, node):
-        network, layer, source = self.network, self.network.layers[node], node.args[0]
+        network = self.network
+        layer = self.network.layers[node]
+        source = node.args[0]
         kind = network.kinds[node]
         if not is_convolution(node):
             read = self.of(source) if kind == 'linear' else self.natural(source)
@@ -287,7 +299,8 @@ class _Writer(Sketch):
         return statistics.rpartition('.')[0] or statistics
 
     def write_cat(self, node):
-        layout, before = [], 0
+        layout = []
+        before = 0
         for source in node.args[0]:
             layout += [channel + before if channel >= 0 else -1 for channel in self.layout_of(source)]
             before += shape_of(source)[1]
@@ -319,7 +332,8 @@ class _Writer(Sketch):
         elif node in self.pending:
             conv, pieces = self.pending[node]
             other = next(source for source in node.args[:2] if self.env[source] is not None)
-            name, shape = self.network.layers[conv].name, shape_of(node)
+            name = self.network.layers[conv].name
+            shape = shape_of(node)
             self.env[node] = self.add_into(self.natural(other), pieces, name, shape[1], len(shape))
         else:
             self.env[node] = self.copy(node, self.natural)

@@ -81,7 +81,8 @@ def load(args, device):
     missing, damaged or less than asked for.
     """
     settings = DATASETS[args.dataset]
-    channels, size = settings['in_channels'], settings['image_size']
+    channels = settings['in_channels']
+    size = settings['image_size']
     if args.dataset in ('imagenet', 'folder'):
         return load_folders(args, device)
     if args.dataset == 'digits':
@@ -229,11 +230,13 @@ class Batches:
                 return
             if self.train:
                 order, top, left, mirror = drawn[:, part]
-                images, labels = self.crops[order, :, top, left], self.labels[order]
+                images = self.crops[order, :, top, left]
+                labels = self.labels[order]
                 if self.flip:
                     images = torch.where(mirror.bool().view(-1, 1, 1, 1), images.flip(3), images)
             else:
-                images, labels = self.crops[part, :, 0, 0], self.labels[part]
+                images = self.crops[part, :, 0, 0]
+                labels = self.labels[part]
             yield self.normalise(images), labels
 
 
@@ -353,7 +356,8 @@ def read_batch(path, content, name):
     """The (images [N, 3, 32, 32], labels [N]) arrays in a pickled CIFAR file."""
     try:
         batch = ArrayUnpickler(io.BytesIO(content), encoding='bytes').load()
-        images, labels = batch[b'data'], batch[b'fine_labels' if name == 'cifar100' else b'labels']
+        images = batch[b'data']
+        labels = batch[b'fine_labels' if name == 'cifar100' else b'labels']
         if images.shape != (len(labels), 3 * 32 * 32):
             raise ValueError(f'data of shape {images.shape} for {len(labels)} labels')
         return images.reshape(-1, 3, 32, 32), np.asarray(labels)

@@ -59,7 +59,8 @@ def place_zeros(model, sparsity, macs, example):
     size = torch.cat([(layer.weight.abs() / layer.weight.std()).flatten() for _, layer in layers]).detach()
     fan_in = torch.cat([torch.full([layer.weight.numel()], float(layer.weight[0].numel())) for _, layer in layers])
     kept = round(len(size) * (1 - sparsity))
-    low, high = -2.0, 2.0  # the larger a, the more weights stay in the late layers, whose images are small
+    low = -2.0  # the larger a, the more weights stay in the late layers, whose images are small
+    high = 2.0
     for _ in range(20):
         a = (low + high) / 2
         mask = torch.zeros(len(size), dtype=torch.bool)
@@ -104,7 +105,8 @@ def runner(engine, model, images, threads):
     if engine == 'PyTorch':
         return lambda: model(images)
     if engine == 'channels-last':
-        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
         return lambda: model(images)
     if engine == 'torch.compile':
         compiled = torch.compile(model)
@@ -165,7 +167,8 @@ def measure(name, batch, threads, chosen=None, rounds=ROUNDS, failed=None):
 
     failed: a list that takes the names of dense engines that cannot run the network; without it they raise RuntimeError.
     """
-    workers, blocks = {}, {}
+    workers = {}
+    blocks = {}
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name, 'network.pt')  # built once, and the same for all
     torch.save(network(name), path)

@@ -51,7 +51,8 @@ def main():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `./launch ... --list | head` ends quietly
     words = sys.argv[1:]
     first_flag = next((i for i, word in enumerate(words) if word.startswith('-')), len(words))
-    names, flags = words[:first_flag], words[first_flag:]
+    names = words[:first_flag]
+    flags = words[first_flag:]
     parser = own_parser()
     if not names:
         parser.exit(0 if flags in (['-h'], ['--help']) else 2, __doc__)

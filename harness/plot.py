@@ -90,7 +90,8 @@ def draw_curves(table, results, filters=False):
         look = {'color': COLOURS[number % len(COLOURS)], 'marker': MARKS[number % len(MARKS)], 'markersize': 5}
         aside = 1.025 ** (number - (len(series) - 1) / 2)
         for axes, x in ((left, [(100 - point[0]) * aside for point in found]), (right, [point[1] for point in found])):
-            y, spread = [point[2] for point in found], [point[3] for point in found]
+            y = [point[2] for point in found]
+            spread = [point[3] for point in found]
             axes.errorbar(x, y, spread, label=name, capsize=2, linewidth=1.2, elinewidth=0.8, **look)
             given = [(a, point[4]) for a, point in zip(x, found, strict=True) if isinstance(point[4], int | float)]
             if given:

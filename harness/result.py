@@ -61,7 +61,8 @@ def accuracy(model, loader):
 def measure(job, method):
     """The result line: everything in it is counted or measured on the finished model, nothing is taken from the request."""
     model = job.model
-    zeros, macs = count_zeros(model, job.args.pthres), count_macs(model, next(iter(job.test))[0][:1])
+    zeros = count_zeros(model, job.args.pthres)
+    macs = count_macs(model, next(iter(job.test))[0][:1])
     pruned, weights = totals(zeros)
     smaller = gains(model, next(iter(job.test))[0][:1]) if method.filters else {}
     parameters = list(model.parameters())

@@ -45,9 +45,11 @@ def shrink_run(folder, round_to=1, pt2=False, onnx=False, torchscript=False, thr
 def report(result, say=print):
     """Print gains()."""
     for key, unit in (('parameters', 'parameters'), ('macs', 'MACs for one image')):
-        small, dense = result[f'small_{key}'], result[f'dense_{key}']
+        small = result[f'small_{key}']
+        dense = result[f'dense_{key}']
         say(f'{dense:>15,} -> {small:>15,} {unit}, {100 * (1 - small / dense):.2f} % fewer')
     for key in [key for key in result if key.startswith('small_ms_')]:
-        small, dense = result[key], result[key.replace('small', 'dense')]
+        small = result[key]
+        dense = result[key.replace('small', 'dense')]
         say(f'{dense:>12.2f} ms -> {small:>12.2f} ms for a batch of {key.rpartition("_")[2]}, {dense / small:.2f}x as fast')
     say(f'measured on {result["latency_on"]}')

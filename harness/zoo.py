@@ -37,8 +37,10 @@ from methods.l1_filter import L1FilterPruner
 
 from .result import commit
 
-RATIO, SIZE = 0.3, 64
-SECONDS, GIGABYTES = 300, 8  # limits of each part of a network's row
+RATIO = 0.3
+SIZE = 64
+SECONDS = 300  # limits of each part of a network's row
+GIGABYTES = 8
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / 'runs' / 'zoo.jsonl'
 TORCHVISION = (
@@ -100,7 +102,8 @@ def torch_pruning_cuts(net, example, masked):
     rows = (functions.prune_conv_out_channels, functions.prune_linear_out_channels, functions.prune_depthwise_conv_out_channels)
     for group in pruner.step(interactive=True):
         for dependency, places in group:
-            target, how = dependency.target.module, dependency.handler
+            target = dependency.target.module
+            how = dependency.handler
             if target not in names or how not in (*rows, functions.prune_batchnorm_out_channels):
                 continue
             layer = masked.get_submodule(names[target])
@@ -306,7 +309,8 @@ def page(rows):
     lines = [versions, *textwrap.wrap(explained, 126), '', title]
     notes = []
     for row in rows:
-        name, theirs = row['network'], row['theirs']
+        name = row['network']
+        theirs = row['theirs']
         refused = row.get('refused')
         cells = [f'{name:<30} {row["parameters"] or 0:>12,} {"refused" if refused else format(row["ours"], ","):>12}']
         cells.append(f'{"fails" if theirs is None else format(theirs, ","):>12}')

@@ -133,12 +133,14 @@ class Masking(Base):
     regrow: instead, layers compute with `operator`(weight), and the dense weight stays underneath.
     """
 
-    regrow, operator = False, Masked
+    regrow = False
+    operator = Masked
 
     def __init__(self, args):
         super().__init__(args)
         self.fit = None
-        self.layers, self.weights = {}, {}  # by name; a tied weight has one name
+        self.layers = {}  # by name; a tied weight has one name
+        self.weights = {}
         self.factors = {}  # the masks as 0 and 1, which is fastest to multiply by
 
     def prepare(self, model, steps, args):
@@ -180,7 +182,9 @@ class Masking(Base):
         bake(self.layers.values())
         if not self.regrow:
             self.apply(self.weights.values())
-        self.layers, self.weights, self.factors = {}, {}, {}
+        self.layers = {}
+        self.weights = {}
+        self.factors = {}
         return model
 
     def masks(self):

@@ -13,8 +13,10 @@ from ._masks import PassThrough
 
 
 class Method(gmp.Method):
-    regrow, operator = True, PassThrough
-    FREQUENCY, RAMP = 16, (0, 0.75)
+    regrow = True
+    operator = PassThrough
+    FREQUENCY = 16
+    RAMP = (0, 0.75)
 
     @classmethod
     def add_args(cls, parser):

@@ -46,7 +46,8 @@ class Method(Masking):
 
     @classmethod
     def add_ramp_flags(cls, parser):
-        add, shown = parser.add_argument, ' (default: %(default)s)'
+        add = parser.add_argument
+        shown = ' (default: %(default)s)'
         start, end = (f' (default: {share:g} of the epochs)' for share in cls.RAMP)
         add('--frequency', type=positive, default=cls.FREQUENCY, metavar='STEPS', help='dt: steps between mask updates' + shown)
         add_scope_flag(parser, SCOPES)

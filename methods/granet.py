@@ -36,7 +36,8 @@ class Method(Static):
 
     @staticmethod
     def add_args(parser):
-        add, shown = parser.add_argument, ' (default: %(default)s)'
+        add = parser.add_argument
+        shown = ' (default: %(default)s)'
         add_flags(parser)
         add('--frequency', type=positive, default=1000, metavar='STEPS', help='dt: steps between updates' + shown)
         add('--initial-sparsity', type=share, default=0.5, metavar='SHARE', help='s_i, zeros at the start' + shown)

@@ -39,7 +39,8 @@ def rewire(weight, mask, gradient, k):
 class Method(Static):
     @staticmethod
     def add_args(parser):
-        add, shown = parser.add_argument, ' (default: %(default)s)'
+        add = parser.add_argument
+        shown = ' (default: %(default)s)'
         add_flags(parser)
         add('--alpha', type=fraction, default=0.3, help='share of the weights replaced in the first update' + shown)
         add('--frequency', type=positive, default=100, metavar='STEPS', help='dt: steps between updates' + shown)

@@ -39,15 +39,18 @@ def find_mu(weights, beta, k, mu=0.0):
     """
     level = math.log(k / (sum(weight.numel() for weight in weights) - k))  # the answer where all weights are 0
     largest = float(torch.stack([weight.abs().max() for weight in weights]).max())
-    low, high = level - beta * largest, level
+    low = level - beta * largest
+    high = level
     mu = min(max(mu, low), high)
     for _ in range(100):
-        excess, slope = -k, 0.0
+        excess = -k
+        slope = 0.0
         for weight in weights:
             mask = soft_mask(weight, beta, mu)
             excess = excess + mask.sum(dtype=torch.float64)
             slope = slope + (mask * (1 - mask)).sum(dtype=torch.float64)
-        excess, slope = float(excess), float(slope)
+        excess = float(excess)
+        slope = float(slope)
         if abs(excess) <= 1e-6 * k or high - low <= 1e-9 * max(1, abs(mu)):
             break
         low, high = (low, mu) if excess > 0 else (mu, high)
@@ -57,11 +60,13 @@ def find_mu(weights, beta, k, mu=0.0):
 
 
 class Method(Masking):
-    regrow, operator = True, PassThrough
+    regrow = True
+    operator = PassThrough
 
     @staticmethod
     def add_args(parser):
-        add, shown = parser.add_argument, ' (default: %(default)s)'
+        add = parser.add_argument
+        shown = ' (default: %(default)s)'
         add('--beta', type=nonnegative, default=10.0, help='sharpness of the mask at the end, from 1 at the start' + shown)
         add('--ramp-end', type=fraction, default=0.2, metavar='SHARE', help='of training, when ptarget is reached' + shown)
         add('--freeze', type=fraction, default=0.8, metavar='SHARE', help='of training, when the mask is frozen' + shown)
@@ -95,7 +100,8 @@ class Method(Masking):
             for name, weight in trained.items():
                 weight.grad.mul_(self.factors[name])
             return
-        above, below = 0.0, 0.0
+        above = 0.0
+        below = 0.0
         for weight in trained.values():
             mask = soft_mask(weight, self.beta, self.mu)
             above = above + (weight.grad * weight * mask * (1 - mask)).sum()
@@ -115,6 +121,8 @@ class Method(Masking):
         return {'factors': self.factors, 'beta': self.beta, 'mu': self.mu, 'soft': self.soft}
 
     def load_state_dict(self, state):
-        self.beta, self.mu, self.soft = state['beta'], state['mu'], state['soft']
+        self.beta = state['beta']
+        self.mu = state['mu']
+        self.soft = state['soft']
         for name, factor in self.factors.items():
             factor.copy_(state['factors'][name])

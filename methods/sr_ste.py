@@ -46,7 +46,10 @@ class NM(torch.nn.Module):
 
     def __init__(self, n, m, decay, dim):
         super().__init__()
-        self.n, self.m, self.decay, self.dim = n, m, decay, dim
+        self.n = n
+        self.m = m
+        self.decay = decay
+        self.dim = dim
 
     def forward(self, weight):
         return _Refined.apply(weight, nm_mask(weight, self.n, self.m, self.dim), self.decay)
@@ -72,7 +75,8 @@ class Method(Base):
 
     @staticmethod
     def add_args(parser):
-        add, shown = parser.add_argument, ' (default: %(default)s)'
+        add = parser.add_argument
+        shown = ' (default: %(default)s)'
         add('--n', type=positive, default=2, metavar='N', help='N, weights kept of each M' + shown)
         add('--m', type=positive, default=4, metavar='M', help='M, weights in a group' + shown)
         add('--sparse-decay', type=nonnegative, default=2e-4, metavar='LAMBDA', help='lambda, decay of pruned weights' + shown)

@@ -38,7 +38,9 @@ class SoftThreshold(torch.nn.Module):
 class Method(Base):
     def __init__(self, args):
         super().__init__(args)
-        self.layers, self.weights, self.operators = {}, {}, {}
+        self.layers = {}
+        self.weights = {}
+        self.operators = {}
         self.steps_left = 0
 
     @staticmethod
@@ -90,7 +92,9 @@ class Method(Base):
 
     def finalize(self, model):
         bake(self.layers.values())
-        self.layers, self.weights, self.operators = {}, {}, {}
+        self.layers = {}
+        self.weights = {}
+        self.operators = {}
         return model
 
     def facts(self):

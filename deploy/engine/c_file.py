@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..outputs import eval_mode
 from . import build
@@ -174,7 +175,7 @@ FUNCTIONS[build.AVERAGE_POOL] = FUNCTIONS[build.MAX_POOL]
 
 
 @torch.no_grad()
-def write_c(model, example_input, path):
+def write_c(model: nn.Module, example_input: torch.Tensor, path: str | Path) -> Path:
     """Write `model` in eval mode, for inputs of the shape of example_input, as one C99 file; returns its path.
 
     model: any network, or what sparse_compile gave. The file holds the weights that are not zero, the steps, and
@@ -193,7 +194,11 @@ def write_c(model, example_input, path):
         raise ValueError(f'write_c cannot write {name}: it knows no C for {", ".join(unknown)}')
     if len(plan.returned) != 1 or plan.returned[0] not in plan.values:
         raise ValueError(f'write_c cannot write {name}: it has to return one tensor that depends on the input')
-    tables, calls, kinds, weights, total = [], [], set(), 0, 0
+    tables = []
+    calls = []
+    kinds = set()
+    weights = 0
+    total = 0
     for number, work in enumerate(plan.works):
         kinds.add(build.LINEAR if work.step.kind == build.CONV and work.step.mode else work.step.kind)
         tables += _tables(number, work)

@@ -17,7 +17,7 @@ TRIES = 3  # a pause apart, before the engine is given up: another program may k
 SHARE = 1e-5  # of the largest output: how far the engine may be away from PyTorch
 
 
-def sparse_compile(model, example_input, threads=None):
+def sparse_compile(model: nn.Module, example_input: torch.Tensor | tuple, threads: int | None = None) -> 'SparseNetwork':
     """A module with the outputs of `model` in eval mode that computes with the non-zero weights alone.
 
     example_input: a tensor, or a tuple of tensors. threads: of the CPU (default: torch.get_num_threads() at each call). Other

@@ -16,7 +16,8 @@ def split_strides(works, found):
         if can_split(work):
             key = work.sources[0], work.step.stride_h, work.step.stride_w
             split[key] = max(split.get(key, 1), phases(work.step))
-    made, result = {}, []
+    made = {}
+    result = []
     for work in works:
         if can_split(work):
             old = work.step

@@ -10,11 +10,13 @@ MANY_TOKENS = 8  # from here on a linear layer runs as a 1x1 convolution over it
 def conv2d(lowering, node):
     arguments = lowering.arguments(node)
     source = arguments['input']
-    weight, bias = lowering.constant(arguments['weight']), lowering.constant(arguments['bias'])
+    weight = lowering.constant(arguments['weight'])
+    bias = lowering.constant(arguments['bias'])
     padding = arguments['padding']
     if source in lowering.known or weight is False or bias is False or lowering.found[source].dim() != 4:
         return False
-    stride, dilation = pair_of(arguments['stride']), pair_of(arguments['dilation'])
+    stride = pair_of(arguments['stride'])
+    dilation = pair_of(arguments['dilation'])
     kernel = list(weight.shape[2:])
     if isinstance(padding, str):
         total = [0 if padding == 'valid' else dilation[axis] * (kernel[axis] - 1) for axis in (0, 1)]
@@ -31,7 +33,8 @@ def conv2d(lowering, node):
 def conv1d(lowering, node):
     arguments = lowering.arguments(node)
     source = arguments['input']
-    weight, bias = lowering.constant(arguments['weight']), lowering.constant(arguments['bias'])
+    weight = lowering.constant(arguments['weight'])
+    bias = lowering.constant(arguments['bias'])
     unusual = source in lowering.known or weight is False or bias is False or lowering.found[source].dim() != 3
     if unusual or isinstance(arguments['padding'], str):
         return False
@@ -52,13 +55,17 @@ def conv_transpose2d(lowering, node):
     """A plain convolution with the kernel turned around, over the inputs with zeros spread between them."""
     arguments = lowering.arguments(node)
     source = arguments['input']
-    weight, bias = lowering.constant(arguments['weight']), lowering.constant(arguments['bias'])
+    weight = lowering.constant(arguments['weight'])
+    bias = lowering.constant(arguments['bias'])
     if source in lowering.known or weight is False or bias is False or lowering.found[source].dim() != 4:
         return False
-    groups, stride, dilation = arguments['groups'], pair_of(arguments['stride']), pair_of(arguments['dilation'])
+    groups = arguments['groups']
+    stride = pair_of(arguments['stride'])
+    dilation = pair_of(arguments['dilation'])
     per_group = weight.shape[1]
     turned = weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    kernel, padding = weight.shape[2:], pair_of(arguments['padding'])
+    kernel = weight.shape[2:]
+    padding = pair_of(arguments['padding'])
     before = [dilation[axis] * (kernel[axis] - 1) - padding[axis] for axis in (0, 1)]
     out = lowering.found[node].shape
     wide = [out[2 + axis] + dilation[axis] * (kernel[axis] - 1) for axis in (0, 1)]
@@ -84,7 +91,8 @@ def conv_transpose2d(lowering, node):
 def linear(lowering, node):
     arguments = lowering.arguments(node)
     source = arguments['input']
-    weight, bias = lowering.constant(arguments['weight']), lowering.constant(arguments['bias'])
+    weight = lowering.constant(arguments['weight'])
+    bias = lowering.constant(arguments['bias'])
     if source in lowering.known or weight is False or bias is False:
         return False
     tokens = lowering.found[source].numel() // weight.shape[1]

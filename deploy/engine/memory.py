@@ -36,11 +36,13 @@ class Value:
 
     def place(self, shape=None):
         """Where it lies, read as this shape: (buffer, floats before the first image, ... between images, planes, rows)."""
-        before, value = 0, self
+        before = 0
+        value = self
         while value.parent is not None:
             before += value.before
             value = value.parent
-        pitch, plane = self.pitch, self.plane
+        pitch = self.pitch
+        plane = self.plane
         if not self.border and shape is not None:
             pitch, plane, _ = plain_strides(shape)
         return value.buffer, before, value.size, plane, pitch
@@ -64,9 +66,12 @@ def place_buffers(values):
         last = max(first, -1 if value.last is None else value.last)
         old = spans.get(root, (first, last))
         spans[root] = min(old[0], first), max(old[1], last)
-    sizes, layouts, free = [], [], []  # free: (number of buffer, index after which it is)
+    sizes = []  # free: (number of buffer, index after which it is)
+    layouts = []
+    free = []
     for root, (first, last) in sorted(spans.items(), key=lambda item: item[1][0]):
-        size, layout = root.images * root.size, root.layout()
+        size = root.images * root.size
+        layout = root.layout()
         fitting = [(n, end) for n, end in free if end < first and layouts[n] == layout and sizes[n] >= size >= sizes[n] // 4]
         if fitting and first >= 0:
             entry = min(fitting, key=lambda entry: sizes[entry[0]])

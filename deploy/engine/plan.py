@@ -114,7 +114,8 @@ class Plan:
                     source in made and value.parent is None and source not in reshaped and value.layout() == whole.layout()
                 )
                 if movable and work.sources.count(source) == 1:
-                    value.parent, value.before = whole, before
+                    value.parent = whole
+                    value.before = before
                 before += value.shape[1] * whole.plane
 
     def found_shape(self, node):
@@ -149,20 +150,24 @@ class Plan:
             if work.maps:
                 step.rows, step.columns = (positions.data_ptr() for positions in work.maps)
             if step.kind in (build.POINTWISE, build.COPY) and not any(value.border for value in values) and step.mode != 2:
-                step.width, step.height = step.width * step.height, 1
+                step.width = step.width * step.height
+                step.height = 1
                 if work.weight is None:
-                    step.width, step.channels = step.width * step.channels, 1
+                    step.width = step.width * step.channels
+                    step.channels = 1
 
     def _copies(self, work):
         """A concatenation: one copy for each part that could not be written where it belongs."""
-        copies, before = [], 0
+        copies = []
+        before = 0
         whole = self.values[work.node]
         for source, shape in zip(work.sources, work.shapes, strict=True):
             value = self.values[source]
             if value.parent is not whole or value.before != before:
                 part = Made(f'part of {work.name}')
                 self.values[part] = piece = Value(shape, whole.border)
-                piece.parent, piece.before = whole, before
+                piece.parent = whole
+                piece.before = before
                 step = build.Step(kind=build.COPY, **plane_sizes(shape))
                 copies.append(Work(part, work.name, [source], [shape], step, shape=shape))
             before += shape[1] * whole.plane

@@ -10,7 +10,8 @@ from .work import Work
 
 def add(lowering, node):
     arguments = lowering.arguments(node)
-    one, other = arguments['self'], arguments['other']
+    one = arguments['self']
+    other = arguments['other']
     if arguments['alpha'] != 1 or not lowering.same_shape(node, one, other):
         return False
     for first, second in ((other, one), (one, other)):
@@ -33,7 +34,8 @@ def add(lowering, node):
 
 def mul(lowering, node):
     arguments = lowering.arguments(node)
-    one, other = arguments['self'], arguments['other']
+    one = arguments['self']
+    other = arguments['other']
     if lowering.same_shape(node, one, other):
         work = lowering.pointwise(node, one, mode=1)
         lowering.read(work, other)
@@ -74,7 +76,9 @@ def activate(lowering, node, kind, low=0.0, high=0.0):
         work = lowering.pointwise(node, source)
     else:
         lowering.extend(work, node)
-    work.step.activation, work.step.low, work.step.high = kind, low, high
+    work.step.activation = kind
+    work.step.low = low
+    work.step.high = high
     return True
 
 

@@ -31,7 +31,8 @@ def pool(lowering, node, kind, divisor):
 
 
 def adaptive_avg_pool2d(lowering, node):
-    source, size = node.args[0], list(node.args[1])
+    source = node.args[0]
+    size = list(node.args[1])
     if source in lowering.known or lowering.found[source].dim() != 4:
         return False
     height, width = lowering.found[source].shape[2:]
@@ -64,7 +65,8 @@ def mean(lowering, node):
 
 def pad(lowering, node):
     arguments = lowering.arguments(node)
-    source, amounts = arguments['self'], list(arguments['pad'])
+    source = arguments['self']
+    amounts = list(arguments['pad'])
     if source in lowering.known or lowering.found[source].dim() != 4 or len(amounts) > 4:
         return False
     amounts = amounts + [0] * (4 - len(amounts))
