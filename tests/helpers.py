@@ -1,6 +1,7 @@
 """What several test files use: main.py on something tiny, kills at any write, small networks and data."""
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -19,6 +20,7 @@ import main as program
 import methods
 from args import parse
 from deploy import files
+from deploy.engine import SparseNetwork
 from harness import data
 from harness.training import make_optimizer, one_step
 
@@ -179,8 +181,8 @@ def assert_ends_as(whole, out, words):
 def resume_everywhere(out, words):
     """Go on from what a kill after each write of a run would leave, and compare the end -> how many writes there are."""
     result, state, copies = run_with_copies(out, words)
-    for copy in copies:
-        assert_ends_as((result, state), copy, words)
+    for folder in copies:
+        assert_ends_as((result, state), folder, words)
     return len(copies)
 
 
@@ -331,3 +333,36 @@ def train_on_noise(method, fit, steps):
         yield step
         if (step + 1) % fit.batches == 0:
             method.after_epoch(step // fit.batches)
+
+
+# ------------------------------------------------------------------------------------------------------- the sparse engine
+
+
+def sparse(model, share=0.8, seed=0):
+    """The model in eval mode with zeros at random places, and batch norms that do something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv1d, nn.ConvTranspose2d, nn.Linear)):
+                module.weight.mul_(torch.rand(module.weight.shape, generator=generator) > share)
+            if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
+                for tensor in (module.weight, module.bias, module.running_mean):
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.3)
+                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_equal(network, model, *inputs):
+    """Within 1e-5 of the largest output of the float64 network, or twice PyTorch's own error."""
+    exact = copy.deepcopy(model).double()(*(value.double() for value in inputs))
+    scale = exact.abs().max()
+    allowed = max(1e-5 * scale, 2 * (model(*inputs) - exact).abs().max())
+    found = network(*inputs)
+    assert found.shape == exact.shape and found.dtype == torch.float32
+    assert (found - exact).abs().max() <= allowed
+
+
+def compiled(model, *inputs, threads=1):
+    """Built without measuring, so that the engine runs even where PyTorch is faster."""
+    return SparseNetwork(model, inputs, threads, measure=False)

@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
+from helpers import ROOT, assert_equal, compiled, sparse
 from torch import nn
 
 import archs
@@ -180,38 +180,8 @@ def test_convolution_spelled_out():
         assert torch.equal(run_convolution(image, weight, bias, residual, geometry, **choices), expected), name
 
 
-def sparse(model, share=0.8, seed=0):
-    """The model in eval mode with zeros at random places, and batch norms that do something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Conv1d, nn.ConvTranspose2d, nn.Linear)):
-                module.weight.mul_(torch.rand(module.weight.shape, generator=generator) > share)
-            if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
-                for tensor in (module.weight, module.bias, module.running_mean):
-                    tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.3)
-                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
-    return model.eval()
-
-
-@torch.no_grad()
-def assert_equal(network, model, *inputs):
-    """Within 1e-5 of the largest output of the float64 network, or twice PyTorch's own error."""
-    exact = copy.deepcopy(model).double()(*(value.double() for value in inputs))
-    scale = exact.abs().max()
-    allowed = max(1e-5 * scale, 2 * (model(*inputs) - exact).abs().max())
-    found = network(*inputs)
-    assert found.shape == exact.shape and found.dtype == torch.float32
-    assert (found - exact).abs().max() <= allowed
-
-
 def kernels_of(network):
     return {record['name']: record['kernel'] for record in network.report()}
-
-
-def compiled(model, *inputs, threads=1):
-    """Built without measuring, so that the engine runs even where PyTorch is faster."""
-    return SparseNetwork(model, inputs, threads, measure=False)
 
 
 NETWORKS = {

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engine import assert_equal, compiled, sparse
+from helpers import assert_equal, compiled, sparse
 from torch import nn
 
 NETWORKS = int(os.environ.get('RANDOM_NETWORKS', 8))
