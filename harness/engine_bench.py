@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from .rebuild import network_of, rebuild_run
 ROUNDS = 5
 SECONDS = 0.3  # of a block
 OURS = 'sparse engine'
+INT8 = 'PyTorch int8'
 PUBLISHED = {
     'feather-90': 'ResNet-20, feather-90',
     'feather-98': 'ResNet-20, feather-98',
@@ -111,6 +113,9 @@ def runner(engine, model, images, threads):
     if engine == 'torch.compile':
         compiled = torch.compile(model)
         return lambda: compiled(images)
+    if engine == INT8:
+        quantized = in_int8(model, [images])  # its speed does not depend on the images that ranges are taken from
+        return lambda: quantized(images)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'network.onnx')
         write_onnx(model, torch.cat([images, images]), path)
@@ -129,6 +134,21 @@ def runner(engine, model, images, threads):
         description.reshape({'input': list(images.shape)})
         request = core.compile_model(description, 'CPU', settings).create_infer_request()
         return lambda: request.infer({'input': images.numpy()})
+
+
+def in_int8(model, batches):
+    """A copy of a network with PyTorch's int8 kernels for this CPU, ranges of activations taken from batches of images."""
+    from torch.ao.quantization import quantize_fx  # takes a second
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # PyTorch moves its tools for this to another package
+        torch.backends.quantized.engine = 'x86'
+        mapping = torch.ao.quantization.get_default_qconfig_mapping('x86')
+        watched = quantize_fx.prepare_fx(model, mapping, (batches[0],))
+        with torch.no_grad():
+            for images in batches:
+                watched(images)
+        return quantize_fx.convert_fx(watched)
 
 
 def missing():
@@ -165,13 +185,14 @@ def work(engine, path, batch, threads):
 def measure(name, batch, threads, chosen=None, rounds=ROUNDS, failed=None):
     """{engine: milliseconds} of a network: the median over the rounds of each block's median.
 
+    name: what network() takes, or what it gives: (a network in eval mode, an example image).
     failed: a list that takes the names of dense engines that cannot run the network; without it they raise RuntimeError.
     """
     workers = {}
     blocks = {}
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name, 'network.pt')  # built once, and the same for all
-    torch.save(network(name), path)
+    torch.save(network(name) if isinstance(name, str) else name, path)
     try:
         for engine in chosen or engines():
             command = [sys.executable, '-m', 'harness.engine_bench', engine, str(path), str(batch), str(threads)]

@@ -110,11 +110,16 @@ def check(path, loader=None, device=None, trust=False):
 
 def test_images(args, about, device):
     """The test set that a published file was evaluated on, with the run's normalisation."""
+    return load_data(args, about, device).test
+
+
+def load_data(args, about, device):
+    """The data set that a published file was trained on, as harness.data.load() gives it."""
     settings = Namespace(**about['args'])
     settings.data_dir = args.data_dir
     settings.no_download = args.no_download
     settings.workers = args.workers
-    return data.load(settings, device).test
+    return data.load(settings, device)
 
 
 def evaluate(args, device):
