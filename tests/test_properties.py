@@ -31,20 +31,30 @@ def draw(shapes, dtype, seed, levels=None):
 
 
 def sorted_threshold(weights, ratio):
-    """The definition: the interpolated quantile of all magnitudes."""
+    """The definition: the interpolated quantile of all magnitudes, and the two between which it lies."""
     ordered = torch.cat([w.reshape(-1) for w in weights]).abs().double().sort().values
     position = (len(ordered) - 1) * ratio
     k = math.floor(position)
-    return float(ordered[k] + (ordered[min(k + 1, len(ordered) - 1)] - ordered[k]) * (position - k))
+    low = float(ordered[k])
+    high = float(ordered[min(k + 1, len(ordered) - 1)])
+    return low + (high - low) * (position - k), low, high
 
 
 @given(SHAPES, TYPES, RATIOS, SEEDS, st.sampled_from([None, 1, 3]), st.sampled_from([None, 0.5, 0.999, 1.001, 30.0]))
 def test_the_threshold_is_the_sorted_definition(shapes, dtype, ratio, seed, levels, guess):
     weights = draw(shapes, dtype, seed, levels)
-    expected = sorted_threshold(weights, ratio)
+    expected, low, high = sorted_threshold(weights, ratio)
     previous = None if guess is None else torch.tensor(expected * guess)
     found = global_threshold(weights, ratio, previous)
-    assert found.dtype == dtype and found.item() == pytest.approx(expected, rel=4 * torch.finfo(dtype).eps, abs=1e-7)
+    eps = torch.finfo(dtype).eps
+    rounded_up = expected == pytest.approx(high, rel=eps) and found.item() == low  # to `high` it would prune one too many
+    assert found.dtype == dtype and (rounded_up or found.item() == pytest.approx(expected, rel=4 * eps, abs=1e-7))
+
+
+def test_a_threshold_that_would_be_rounded_up_to_the_next_magnitude_is_the_one_below():
+    low = 0.1318359375  # both are numbers of bfloat16; 0.98 of the way from one to the other is rounded to the higher one
+    high = 0.1376953125
+    assert global_threshold([torch.tensor([low, high], dtype=torch.bfloat16)], 0.98).item() == low
 
 
 @given(SHAPES, TYPES, RATIOS, SEEDS)
