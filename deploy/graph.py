@@ -199,6 +199,14 @@ def name_of(node):
     return name[:-1] if name.endswith('_') and not name.startswith('_') else name
 
 
+def functional(target):
+    """aten.relu.default for aten.relu_.default; the operation itself where it is not in place, or has no such twin."""
+    name = getattr(target, '_opname', '')
+    if not name.endswith('_') or name.endswith('__'):
+        return target
+    return getattr(getattr(torch.ops.aten, name[:-1], None), target._overloadname, target)
+
+
 def owner_of(node):
     """The dotted name of the module in whose forward an operation runs; '' for the network itself."""
     stack = node.meta.get('nn_module_stack')

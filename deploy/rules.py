@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from . import constants, moves
-from .graph import name_of, number_of, shape_of
+from .graph import functional, name_of, number_of, shape_of
 
 SAME = 'contiguous clone alias detach lift_fresh_copy lift_fresh'.split()
 SAME += 'dropout feature_dropout alpha_dropout feature_alpha_dropout'.split()
@@ -47,8 +47,7 @@ def shadow_of(channels, node):
 
 def is_pointwise(node):
     """Whether an operation works element by element, as torch says by a tag that in-place operations do not always have."""
-    twin = getattr(torch.ops.aten, name_of(node), None) if isinstance(node.target, torch._ops.OpOverload) else None
-    tags = [getattr(target, 'tags', ()) for target in (node.target, getattr(twin, 'default', None))]
+    tags = [getattr(target, 'tags', ()) for target in (node.target, functional(node.target))]
     return name_of(node) in POINTWISE or any(torch.Tag.pointwise in some for some in tags)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .graph import name_of, shape_of
+from .graph import functional, name_of, shape_of
 from .layers import POOLS, is_convolution, is_rigid, unpacked
 from .ways import norm_over, small_conv, small_linear, ways_of
 
@@ -342,14 +342,6 @@ class _Writer(Sketch):
 def source_of(node):
     """The tensor that an operation on one tensor reads."""
     return next(other for other in node.all_input_nodes if torch.is_tensor(other.meta.get('val')))
-
-
-def functional(target):
-    """relu for relu_; the operation itself where it is not in place."""
-    name = getattr(target, '_opname', '')
-    if not name.endswith('_') or name.endswith('__'):
-        return target
-    return getattr(getattr(torch.ops.aten, name[:-1]), target._overloadname)
 
 
 def _order(network):

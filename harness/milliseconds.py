@@ -10,7 +10,6 @@ again, or new ones.
 """
 
 import argparse
-import json
 from argparse import Namespace
 
 import torch
@@ -25,10 +24,10 @@ from . import plot as plots
 from . import table as tables
 from .markdown import markdown
 from .result import accuracy, hardware
+from .sparse_run import BATCHES
 
 TABLE = 'cifar10_10ep'
 MEASURED = tables.RESULTS / 'bench' / 'milliseconds.json'
-BATCHES = (1, 32)
 CALIBRATION = 4  # batches of training images from which int8 takes the ranges of activations
 KINDS = {
     'dense': 'dense',
@@ -48,7 +47,7 @@ def kind_of(row, entry):
         return 'packed'
     if 'small_macs' in entry:
         return 'filters'
-    return 'zeros' if entry['zeros'] else 'dense'
+    return 'zeros' if tables.has_single_zeros(entry) else 'dense'
 
 
 def prepared(row, kind):
@@ -61,20 +60,26 @@ def prepared(row, kind):
     return model, example
 
 
+def row_names():
+    return [row['id'] for row in arguments.load_table(tables.CONFIGS / f'{TABLE}.yaml')['rows']]
+
+
 def rows_to_measure(entries):
     """{row: its entry} of the recorded rows with published weights, seed 0, in the order of the table."""
-    names = [row['id'] for row in arguments.load_table(tables.CONFIGS / f'{TABLE}.yaml')['rows']]
-    there = {name: entries[name, 0] for name in names if (name, 0) in entries}
+    there = {name: entries[name, 0] for name in row_names() if (name, 0) in entries}
     return {name: entry for name, entry in there.items() if (published.WEIGHTS / TABLE / f'{name}-s0.pt').exists()}
 
 
 def measure(row, entry, threads):
-    """{'kind', 'accuracy', 'milliseconds': {batch: {engine: ms}}} of a row."""
+    """{'kind', 'accuracy', 'milliseconds': {batch, as in a file: {engine: ms}}} of a row."""
     kind = kind_of(row, entry)
-    chosen = ['PyTorch', engine_bench.OURS] if kind == 'zeros' else [name for name in engine_bench.engines()]
-    network = prepared(row, kind)
-    times = {batch: engine_bench.measure(network, batch, threads, chosen, failed=[]) for batch in BATCHES}
-    return {'kind': kind, 'accuracy': entry['accuracy'], 'milliseconds': times}
+    chosen = ['PyTorch', engine_bench.OURS] if kind == 'zeros' else engine_bench.engines()
+    return {'kind': kind, 'accuracy': entry['accuracy'], 'milliseconds': times_of(prepared(row, kind), threads, chosen, [])}
+
+
+def times_of(network, threads, chosen, failed=None):
+    """{batch, as in a file: {engine: ms}} of a network in the chosen engines. failed: as for engine_bench.measure()."""
+    return {f'{batch}': engine_bench.measure(network, batch, threads, chosen, failed=failed) for batch in BATCHES}
 
 
 def measure_int8(options):
@@ -86,8 +91,7 @@ def measure_int8(options):
     loaded = published.load_data(settings, about, torch.device('cpu'))
     batches = [images for (images, _), _ in zip(loaded.train, range(CALIBRATION), strict=False)]
     quantized = engine_bench.in_int8(model, batches)
-    network = model, batches[0][:1]
-    times = {batch: engine_bench.measure(network, batch, options.threads, [engine_bench.INT8]) for batch in BATCHES}
+    times = times_of((model, batches[0][:1]), options.threads, [engine_bench.INT8])
     return {'kind': 'int8', 'accuracy': accuracy(quantized, loaded.test), 'milliseconds': times}
 
 
@@ -118,6 +122,16 @@ def sentence(rows, batch):
     return f'{images}, fastest first, each more accurate than all before: {", ".join(parts)}.'
 
 
+def cells_of(found):
+    """The cells of a measured row of the page, after its name."""
+    cells = [KINDS[found['kind']], f'{found["accuracy"]:.2f}']
+    for batch in BATCHES:
+        milliseconds, engine = fastest(found, batch)
+        pytorch = found['milliseconds'][str(batch)].get('PyTorch')
+        cells += [f'{milliseconds:.3f}', engine, f'{pytorch:.3f}' if pytorch else '']
+    return cells
+
+
 def page(names, measured):
     """The text of results/bench/milliseconds.md. names: all rows of the table, so that those without a figure are seen."""
     rows = measured['rows']
@@ -125,18 +139,8 @@ def page(names, measured):
     for batch in BATCHES:
         images = '1 image' if batch == 1 else f'{batch} images'
         head += [f'ms, {images}', 'fastest in', f'PyTorch, {images}']
-    lines = []
-    for name in sorted({*names, *rows}, key=lambda name: (name not in rows, -rows.get(name, {'accuracy': 0})['accuracy'])):
-        cells = [name]
-        if name in rows:
-            cells += [KINDS[rows[name]['kind']], f'{rows[name]["accuracy"]:.2f}']
-            for batch in BATCHES:
-                milliseconds, engine = fastest(rows[name], batch)
-                pytorch = rows[name]['milliseconds'][str(batch)].get('PyTorch')
-                cells += [f'{milliseconds:.3f}', engine, f'{pytorch:.3f}' if pytorch else '']
-        lines.append(
-            [*cells, *([''] * (len(head) - len(cells)))] if name in rows else [name, 'not run', *[''] * (len(head) - 2)]
-        )
+    lines = [[name, *cells_of(rows[name])] for name in sorted(rows, key=lambda name: -rows[name]['accuracy'])]
+    lines += [[name, 'not run', *[''] * (len(head) - 2)] for name in names if name not in rows]
     text = '# Accuracy at equal milliseconds: CIFAR-10 in 10 epochs, ResNet-20 width 16\n\n'
     text += 'Made by `python -m harness.milliseconds`.\n\n' + markdown(head, lines)
     where = f'{measured["device"]}, torch {measured["torch"]}'
@@ -194,9 +198,7 @@ def main():
             measured['rows']['dense-int8'] = measure_int8(options)
         measured |= {'device': hardware(torch.device('cpu')), 'torch': torch.__version__}
         write_json(measured, MEASURED)
-    measured = json.loads(MEASURED.read_text())  # with the keys that a file has
-    names = [row['id'] for row in arguments.load_table(tables.CONFIGS / f'{TABLE}.yaml')['rows']]
-    MEASURED.with_suffix('.md').write_text(page(names, measured))
+    MEASURED.with_suffix('.md').write_text(page(row_names(), measured))
     plots.save(draw(measured['rows']), tables.RESULTS / 'milliseconds.svg')
     print(*[sentence(measured['rows'], batch) for batch in BATCHES], sep='\n')
 

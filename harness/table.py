@@ -79,13 +79,7 @@ def record(table, results):
             tables.setdefault(table, {})[row, seed] = entry
     lines = [json.dumps(entry) + '\n' for results in tables.values() for entry in results.values()]
     files.write_atomically(RUNS, lambda file: file.write(''.join(lines).encode()))
-    write(
-        {
-            f'{table}.md': page(table, tables.get(table, {})),
-            'tables.md': index(tables),
-            'weights/README.md': weights_page.page(),
-        }
-    )
+    write(pages_of([table], tables))
 
 
 def record_logs(table, runs):
@@ -95,6 +89,12 @@ def record_logs(table, runs):
         path = log_of(table, row, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, lambda file, text=text: file.write(text))
+
+
+def pages_of(names, results):
+    """{name below results/: text} of the pages of some tables, and of those that hold something of all of them."""
+    pages = {f'{name}.md': page(name, results.get(name, {})) for name in names}
+    return pages | {'tables.md': index(results), 'weights/README.md': weights_page.page()}
 
 
 def log_of(table, row, seed):
@@ -208,13 +208,9 @@ def columns_of(table, results, sizes):
 
 def minus_dense(results):
     """The column of the difference to the dense row; none where fewer than two seeds of any row are paired with its own."""
-
-    def cell(row, runs):
-        found = pairs.difference(results, row['id'], 'dense') if row['id'] != 'dense' else None
-        return f'{found[0]:+.2f} ± {found[1]:.2f}' if found else ''
-
-    paired = [pairs.difference(results, row, 'dense') for row in {row for row, _ in results} - {'dense'}]
-    return {'minus dense (95 %)': cell} if any(paired) else {}
+    found = {row: pairs.difference(results, row, 'dense') for row in {row for row, _ in results} - {'dense'}}
+    texts = {row: f'{pair[0]:+.2f} ± {pair[1]:.2f}' for row, pair in found.items() if pair}
+    return {'minus dense (95 %)': lambda row, runs: texts.get(row['id'], '')} if texts else {}
 
 
 def finished_of(runs):
@@ -346,12 +342,11 @@ def readme(path):
 
 def chosen_rows(part, pattern):
     """Of a part of a page the rows in which the pattern is found, and its other lines; or else, nothing but fences."""
-    rows = [line for line in part.splitlines() if is_row(line)]
-    chosen = [line for line in rows if re.search(pattern, line)]
-    others = [line for line in part.splitlines() if not is_row(line)]
-    if rows and not chosen:
-        others = [line for line in others if line == '```']
-    return '\n'.join(line for line in part.splitlines() if line in chosen or line in others)
+    lines = part.splitlines()
+    kept = [line for line in lines if not is_row(line) or re.search(pattern, line)]
+    if any(map(is_row, lines)) and not any(map(is_row, kept)):
+        kept = [line for line in kept if line == '```']
+    return '\n'.join(kept)
 
 
 def is_row(line):
@@ -384,15 +379,12 @@ def main():
     parser.add_argument('--check', action='store_true', help='write nothing; fail where a page is stale')
     parser.add_argument('--compare', nargs=3, metavar=('TABLE', 'ROW', 'ROW'), help='the difference between two rows')
     options = parser.parse_args()
-    check = options.check
     results = recorded()
     if options.compare:
         compare(results, *options.compare)
         return
-    pages = {f'{name}.md': page(name, results.get(name, {})) for name in table_names()}
-    pages['tables.md'] = index(results)
-    pages['weights/README.md'] = weights_page.page()
-    if not check:
+    pages = pages_of(table_names(), results)
+    if not options.check:
         write(pages)
         return
     stale = [name for name, text in pages.items() if not (RESULTS / name).exists() or (RESULTS / name).read_text() != text]

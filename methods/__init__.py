@@ -52,11 +52,10 @@ def load_but_classifier(model: nn.Module, state: dict) -> dict[str, tuple[int, i
     layers = {name.rpartition('.')[0] for name in changed}
     sizes = {(tuple(state[name].shape[:1]), tuple(own[name].shape[:1])) for name in changed}
     same_rest = all(own[name].shape[1:] == state[name].shape[1:] for name in changed)
-    if not changed or len(sizes) > 1 or not same_rest:
+    known = all(isinstance(model.get_submodule(name), (nn.Linear, nn.Conv2d)) for name in layers)
+    if len(sizes) != 1 or not same_rest or not known:
         model.load_state_dict(state)
         return {}
-    if not all(isinstance(model.get_submodule(name), (nn.Linear, nn.Conv2d)) for name in layers):
-        model.load_state_dict(state)
     (theirs,), (ours,) = sizes.pop()
     fresh = {name: tensor for name, tensor in own.items() if name.rpartition('.')[0] in layers}
     model.load_state_dict(state | fresh)

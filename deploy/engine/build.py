@@ -104,7 +104,7 @@ def compile_kernels(options=(), folder=None, source=SOURCE):
         done = subprocess.run([*command, *options, str(source), '-o', str(made)], capture_output=True, text=True)
         if done.returncode:
             reason = ' '.join(done.stderr.split())[:300]
-            raise CompilerError(f'{" ".join(command)} cannot compile the kernels of the sparse engine: {reason}')
+            raise CompilerError(f'{" ".join(command)} cannot compile {source.name}: {reason}')
         os.replace(made, path)
     return path
 
