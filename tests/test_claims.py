@@ -41,6 +41,11 @@ def unlike_dense(runs, share):
     return {row: beyond_chance(runs, row) for row in rows if beyond_chance(runs, row)}
 
 
+def as_printed(runs, *rows):
+    """Accuracies of rows of the ten epochs, as the page says them."""
+    return [round(ten_epochs(runs, row), 2) for row in rows]
+
+
 CLAIMS = {
     '(level, agp) loses 1.7 points. No method that prunes while it trains can be told from dense': lambda runs: (
         unlike_dense(runs, 90) == {'level-90': -1.7, 'agp-90': -1.7}
@@ -72,6 +77,20 @@ CLAIMS = {
         round(ten_epochs(runs, 'feather-98') - ten_epochs(runs, 'st3-98')) == 2
         and round(ten_epochs(runs, 'feather-98') - ten_epochs(runs, 'gmp-98')) == 4
     ),
+    'Spartan (76.79 %) and GraNet (73.35 %) come next; then RigL (68.73 %), AC/DC (67.24 %)': lambda runs: (
+        as_printed(runs, 'spartan-98', 'granet-98', 'rigl-98', 'ac_dc-98') == [76.79, 73.35, 68.73, 67.24]
+    ),
+    'that never move (static, 67.11 %) and SET (66.67 %)': lambda runs: (
+        as_printed(runs, 'static-98', 'set-98') == [67.11, 66.67]
+    ),
+    'GraSP (66.98 %), SNIP (65.49 %) and SynFlow (64.60 %)': lambda runs: (
+        as_printed(runs, 'grasp-98', 'snip-98', 'synflow-98') == [66.98, 65.49, 64.60]
+    ),
+    'A narrow dense network with as few weights reaches 57.99 %': lambda runs: as_printed(runs, 'small-dense-98') == [57.99],
+    'SR-STE keeps 84.76 % with 2 of 4 weights and 79.05 % with 1 of 16': lambda runs: (
+        as_printed(runs, 'sr_ste-2-4', 'sr_ste-1-16') == [84.76, 79.05]
+    ),
+    'DPF ends at 38.51 %': lambda runs: as_printed(runs, 'dpf-98') == [38.51],
     'ends near 51 %': lambda runs: round(ten_epochs(runs, 'level-98')) == 51,
     'about a point and a half below dense, and GMP two points lower': lambda runs: (
         1 < ten_epochs(runs, 'dense') - ten_epochs(runs, 'feather-90') < 2
