@@ -90,7 +90,9 @@ def read(path: str | Path, trust: bool = False) -> nn.Module:
         )
     try:
         if kind == '.pt2':
-            return torch.export.load(path).module()
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'The given buffer is not writable')  # torch 2.12 says so of its own reading
+                return torch.export.load(path).module()
         if kind == 'TorchScript':
             with _quiet_jit():
                 return torch.jit.load(path, map_location='cpu').eval()
