@@ -1,5 +1,6 @@
 """How long a network takes for a forward pass, and what a smaller network gains."""
 
+import contextlib
 import statistics
 import time
 
@@ -35,18 +36,32 @@ def measure_latency(
     networks = {'ms': model}
     if dense is not None:
         networks['dense_ms'] = dense
-    seconds = SECONDS if seconds is None else seconds
     results = {}
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads or THREADS)
-    try:
-        for batch in batches:
-            images = example_input[:1].expand(batch, *example_input.shape[1:]).contiguous()
-            for name, times in _passes_in_turn(networks, images, seconds).items():
-                results[f'{name}_{batch}'] = round(1000 * statistics.median(times), 3)
-    finally:
-        torch.set_num_threads(threads_before)
+    for batch in batches:
+        images = example_input[:1].expand(batch, *example_input.shape[1:]).contiguous()
+        for name, median in median_seconds(networks, images, threads, seconds).items():
+            results[f'{name}_{batch}'] = round(1000 * median, 3)
     return results
+
+
+@torch.no_grad()
+def median_seconds(
+    networks: dict[str, nn.Module], images: torch.Tensor, threads: int | None = None, seconds: float | None = None
+) -> dict[str, float]:
+    """{name: median seconds of a forward pass of a batch}; networks in turn, threads and seconds as in measure_latency()."""
+    with _threads_of_the_cpu(threads or THREADS):
+        times = _passes_in_turn(networks, images, SECONDS if seconds is None else seconds)
+    return {name: statistics.median(passes) for name, passes in times.items()}
+
+
+@contextlib.contextmanager
+def _threads_of_the_cpu(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _passes_in_turn(networks, images, seconds):

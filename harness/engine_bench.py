@@ -8,6 +8,7 @@ python bench.py sparse                              the table
 python -m harness.engine_bench ENGINE FILE BATCH THREADS      a worker: answers a line on standard input by milliseconds
 """
 
+import copy
 import importlib.util
 import statistics
 import subprocess
@@ -144,7 +145,7 @@ def in_int8(model, batches):
         warnings.simplefilter('ignore')  # PyTorch moves its tools for this to another package
         torch.backends.quantized.engine = 'x86'
         mapping = torch.ao.quantization.get_default_qconfig_mapping('x86')
-        watched = quantize_fx.prepare_fx(model, mapping, (batches[0],))
+        watched = quantize_fx.prepare_fx(copy.deepcopy(model), mapping, (batches[0],))
         with torch.no_grad():
             for images in batches:
                 watched(images)

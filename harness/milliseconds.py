@@ -193,6 +193,7 @@ def main():
         for row, entry in rows_to_measure(entries).items():
             if not options.row or row in options.row:
                 measured['rows'][row] = measure(row, entry, options.threads)
+                write_json(measured, MEASURED)
                 print(row, measured['rows'][row], flush=True)
         if options.data_dir and (not options.row or 'dense-int8' in options.row):
             measured['rows']['dense-int8'] = measure_int8(options)

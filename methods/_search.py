@@ -5,8 +5,10 @@ import itertools
 import torch
 from torch import nn
 
+from deploy.latency import THREADS
 from pruners import processes
 from pruners.compressor import ActivationPruner
+from pruners.milliseconds import Budget
 from pruners.processes import say
 
 from ._algorithms import ALGORITHMS, algorithm
@@ -26,6 +28,19 @@ def add_annealing_flags(add):
     add('--max-sparsity', type=fraction, metavar='SHARE', help='of any layer (default: it keeps a quarter of 1 - the target)')
     help = 'training batches from which a candidate has its batch norm statistics anew, before it is scored' + shown
     add('--search-recalibrate', dest='recalibrate', type=count, default=10, metavar='N', help=help)
+
+
+def add_budget_flags(add):
+    shown = ' (default: %(default)s)'
+    text = 'milliseconds that the network without its dead filters may take on this machine, instead of --ptarget'
+    add('--budget-ms', type=nonnegative, metavar='MS', help=text)
+    add('--budget-batch', type=positive, default=1, metavar='N', help='images at once, for --budget-ms' + shown)
+    add('--budget-threads', type=positive, default=THREADS, metavar='N', help='of the CPU, for --budget-ms' + shown)
+
+
+def budget_of(args):
+    """The Budget that the flags ask for, or None."""
+    return None if args.budget_ms is None else Budget(args.budget_ms, args.budget_batch, args.budget_threads)
 
 
 def annealing_options(args):
@@ -95,7 +110,7 @@ class Searching(OneShot):
     def facts(self):
         """What the search says of its target, and the score of what it found."""
         found = None if self.pruner is None else self.pruner.result
-        return {} if found is None else {f'search_{key}': found[key] for key in ('sparsity', 'performance', 'met')}
+        return {f'search_{key}': value for key, value in (found or {}).items() if key != 'config_list'}
 
 
 @torch.no_grad()

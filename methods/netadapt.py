@@ -7,13 +7,14 @@ The cost is that of the network as it would be without its dead channels (pruner
 and linear layers, also of those that config_list does not name (cost='params'), or the multiply-accumulates of one example
 (cost='macs'). The target `sparsity` is the share of this cost that goes; each iteration takes sparsity_per_iteration of it, the
 last one what is missing. Layers that end in one residual stream are pruned together, as their filters can only be removed
-together. With base_algo 'level' the cost is that of the weights that are not zero.
+together. With base_algo 'level' the cost is that of the weights that are not zero. With a budget of milliseconds it is the
+time on this machine, by a table of measured layers (pruners/milliseconds.py).
 
 A layer gives a step with the fewest filters whose removal saves as much. When no layer can give the step, it is halved until
 one can; when none can give anything, each having one filter left, the search ends with what it has, and says so. Each
 iteration lowers a cost that is a whole number, so it always ends. Among equal scores the layer that has lost the least goes on.
 
-Deviations. From the paper: the cost is counted, not measured on a device; there is no final long fine-tuning, which is the
+Deviations. From the paper: without a budget the cost is counted, not measured; there is no final long fine-tuning, which is the
 user's; the step does not shrink from iteration to iteration. From NNI: it took the next layer in the order of the modules for
 the one that reads this one, added up nominal steps instead of counting, and did not end when no layer could give a step.
 
@@ -34,14 +35,15 @@ from tqdm import tqdm
 
 from deploy.shrinking import decided_together
 from pruners import processes, search
-from pruners.cost import COSTS, ShrunkCost, own_cost, usual_example
+from pruners.cost import COSTS, OwnCost, ShrunkCost, first_inputs, own_cost, usual_example
+from pruners.milliseconds import Budget, MillisecondsCost
 from pruners.processes import say
 from pruners.selection import pruned_first
 from pruners.trials import History, Progress, same_score
 
 from ._algorithms import algorithm
 from ._flags import fraction, nonnegative, positive
-from ._search import Searching, train
+from ._search import Searching, add_budget_flags, budget_of, train
 
 
 class Proposal(NamedTuple):
@@ -61,10 +63,12 @@ class NetAdaptPruner(search.Search):
     short_term_fine_tuner: function of the masked model that trains it a little, or None. evaluator: function of the model -> a
     number. base_algo: level, l1, l2, slim, fpgm, taylorfo, apoz, mean_activation; the last three watch what
     short_term_fine_tuner does. cost: 'params' or 'macs'. example_input: a batch for the channel graph. dependency_aware=False:
-    each layer alone, although the filters of a residual stream then save nothing until all of its layers have lost them. The
-    model ends with the weights of the best candidate of the last iteration, masked.
+    each layer alone, although the filters of a residual stream then save nothing until all of its layers have lost them.
+    budget: pruners.milliseconds.Budget(milliseconds, batch, threads), which replaces `sparsity` and `cost`. The model ends
+    with the weights of the best candidate of the last iteration, masked.
     """
 
+    COLUMNS = ('sparsity', 'performance', 'config_list', 'iteration', 'layer')  # of search_history.csv
     STATE = ('dense', 'counts', 'rows', 'left', 'iteration', 'performance', 'importances')  # after an iteration
 
     def __init__(
@@ -81,6 +85,7 @@ class NetAdaptPruner(search.Search):
         cost='params',
         example_input=None,
         dependency_aware=True,
+        budget: Budget | None = None,
     ):
         if short_term_fine_tuner is not None and not callable(short_term_fine_tuner):
             raise ValueError(f'short_term_fine_tuner must be a function of the model, got {short_term_fine_tuner!r}')
@@ -90,15 +95,16 @@ class NetAdaptPruner(search.Search):
             raise ValueError(f'sparsity_per_iteration must lie between 0 and 1, got {sparsity_per_iteration}')
         if cost not in COSTS:
             raise ValueError(f'cost must be one of {", ".join(COSTS)}, got {cost!r}')
+        if budget is not None:
+            budget.check(self.base, example_input)
+        self.budget = budget
         self.fine_tune = short_term_fine_tuner
         self.step = sparsity_per_iteration
         self.kind = cost
         self.example = example_input
         self.dependency_aware = dependency_aware
-        self.settings = (type(self.base).__name__, optimize_mode, self.base.entries, self.step, self.kind, dependency_aware)
-        self.history = History(
-            self.folder / 'search_history.csv', 'sparsity', 'performance', 'config_list', 'iteration', 'layer'
-        )
+        self.settings = (type(self.base).__name__, optimize_mode, self.base.entries, self.step, cost, dependency_aware, budget)
+        self.history = History(self.folder / 'search_history.csv', *self.COLUMNS)
 
     def search(self):
         """Algorithm 1 of the paper: the best network's weights are then those of the model, its masks those of `base`."""
@@ -115,14 +121,19 @@ class NetAdaptPruner(search.Search):
                 bar.set_postfix(performance=self.performance)
         sparsity = 1 - self.left / self.whole
         if self.left > self.goal:
-            say(f'the target of {self.target} cannot be met: no layer can give more after {sparsity:.4f} of the cost')
+            target = f'{self.target}' if self.budget is None else f'{self.budget.milliseconds} ms'
+            say(f'the target of {target} cannot be met: no layer can give more after {sparsity:.4f} of the cost')
         figures = {'performance': self.performance, 'sparsity': sparsity, 'met': self.left <= self.goal}
-        self.finish(self.shares(self.counts), search.keep_counts(self.importances, self.counts), figures)
+        keep = search.keep_counts(self.importances, self.counts)
+        if self.budget is not None:
+            figures |= self.cost.report(keep, self.budget)
+        self.finish(self.shares(self.counts), keep, figures)
 
     def choose_filters(self):
         """[(unit, counts)] of each unit that can give the step, or, halved as often as it takes, a part of it."""
         step = self.whole * self.step
-        while step >= 0.5:
+        least = 0.5 if self.budget is None else self.whole / 1000  # a clock tells no less
+        while step >= least:
             wanted = max(self.left - step, self.goal)
             found = [(unit, self.fewest_filters(unit, wanted)) for unit in search.units(self.base)]
             found = [(unit, counts) for unit, counts in found if counts is not None]
@@ -206,41 +217,36 @@ class NetAdaptPruner(search.Search):
         self.iteration = 0
         self.dense = self.first_score()
         self.performance = self.dense
-        self.cost = self.choose_cost(usual_example(self.base.model) if self.example is None else self.example)
+        example = usual_example(self.base.model) if self.example is None else self.example
+        self.cost = self.choose_cost(example)
+        if self.dependency_aware and not isinstance(self.cost, OwnCost):
+            self.base.decide_together(*decided_together(self.base.model, example))
         self.importances = self.rank_filters()
         self.whole = self.cost_of(self.counts)
         self.left = self.whole
-        self.goal = math.floor(self.whole * (1 - self.target) + 1e-6)
+        self.goal = math.floor(self.whole * (1 - self.target) + 1e-6) if self.budget is None else self.budget.nanoseconds
         self.resume()
 
     def first_score(self):
         """The score of the network as it comes; the first input that it meets on the way may be the example."""
-
-        def watch(model, args):
-            if self.example is None and args and torch.is_tensor(args[0]):
-                self.example = args[0][:1].detach().clone()
-
-        handle = self.base.model.register_forward_pre_hook(watch)
-        try:
-            with search.trial(self.base.model):
-                return self.evaluation.score(self.base.model)
-        finally:
-            handle.remove()
+        with first_inputs(self.base.model) as found, search.trial(self.base.model):
+            score = self.evaluation.score(self.base.model)
+        if self.example is None and found:
+            self.example = found[0]
+        return score
 
     def choose_cost(self, example):
         """The cost as a function of counts and scores, of the network without its dead channels where its graph is known."""
+        if self.budget is not None:
+            return MillisecondsCost(self.base, example, self.folder / 'latency.csv', self.budget)
         if self.base.FILTERS and example is not None:
             try:
-                cost = ShrunkCost(self.base, example, self.kind)
-                if self.dependency_aware:
-                    self.base.decide_together(*decided_together(self.base.model, example))
-                return cost
+                return ShrunkCost(self.base, example, self.kind)
             except ValueError as error:
                 say(f'{error}; only the weights of the pruned filters themselves are counted')
-        cost = own_cost(self.base, example, self.kind)
         if self.base.FILTERS and example is None:
             say('no example input is known, so only the weights of the pruned filters themselves are counted')
-        return cost
+        return own_cost(self.base, example, self.kind)
 
     def save(self):
         """Write the history, and all that the next iteration needs."""
@@ -268,6 +274,7 @@ class Method(Searching):
         shown = ' (default: %(default)s)'
         add('--sparsity-per-iteration', type=fraction, default=0.05, metavar='SHARE', help='of the cost, a step' + shown)
         add('--cost', choices=COSTS, default='params', help='what --ptarget is a share of' + shown)
+        add_budget_flags(add)
         add('--short-term-steps', type=positive, default=100, metavar='N', help='training steps of each candidate' + shown)
         add('--short-term-lr', type=nonnegative, default=0.01, metavar='LR', help='their learning rate' + shown)
 
@@ -283,6 +290,7 @@ class Method(Searching):
             cost=self.args.cost,
             example_input=next(iter(self.job.test))[0][:1],
             dependency_aware=self.args.dependency_aware,
+            budget=budget_of(self.args),
         )
 
     def train_a_little(self, model):

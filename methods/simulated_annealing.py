@@ -37,12 +37,13 @@ from tqdm import tqdm
 
 from pruners import processes, search
 from pruners.cost import OwnCost, ShrunkCost, filter_layers
+from pruners.milliseconds import Budget, MillisecondsCost
 from pruners.processes import say
 from pruners.selection import num_pruned
 from pruners.trials import Trials
 
 from ._algorithms import algorithm
-from ._search import Searching, add_annealing_flags, annealing_options, largest_share
+from ._search import Searching, add_annealing_flags, add_budget_flags, annealing_options, budget_of, largest_share
 
 
 class Annealing(NamedTuple):
@@ -199,7 +200,9 @@ class SimulatedAnnealingPruner(search.Search):
     max_sparsity: no layer gets a larger share; by itself the search may leave one filter of a layer, if the evaluator likes
     it. groups: lists of layers whose filters can only be removed together (deploy.dependency_groups): they get one share and
     lose the same filters. example_input: given one, the weights are counted in the network without its dead channels, so that
-    with a filter those go that read it. The model is masked in place for each candidate, and restored.
+    with a filter those go that read it. budget: pruners.milliseconds.Budget(milliseconds, batch, threads), which replaces
+    `sparsity`: the time on this machine, by a table of measured layers, in the folder; it needs example_input. The model is
+    masked in place for each candidate, and restored.
     """
 
     def __init__(
@@ -222,6 +225,7 @@ class SimulatedAnnealingPruner(search.Search):
         parts=None,
         statistics=None,
         example_input=None,
+        budget: Budget | None = None,
     ):
         kind = algorithm(base_algo)
         super().__init__(model, config_list, evaluator, optimize_mode, kind, experiment_data_dir, statistics, groups, parts)
@@ -230,26 +234,37 @@ class SimulatedAnnealingPruner(search.Search):
         self.annealing.check()
         if not self.target <= max_sparsity <= 1:
             raise ValueError(f'max_sparsity must lie between the target {self.target} and 1, got {max_sparsity}')
+        if budget is not None:
+            budget.check(self.base, example_input)
         self.largest = min(max_sparsity, search.LARGEST_SHARE)
+        self.budget = budget
+        self.example = example_input
         self.cost = OwnCost(self.base)
         if self.base.FILTERS and example_input is not None:
             self.cost = ShrunkCost(self.base, example_input, 'params', list(filter_layers(self.base)))
         self.settings = (type(self.base).__name__, optimize_mode, self.base.entries, self.base.groups)
-        self.settings += (self.annealing, self.largest, type(self.cost).__name__)
+        self.settings += (self.annealing, self.largest, type(self.cost).__name__, budget)
 
     def search(self):
         """Anneal: the best candidate's masks are then those of `base`, but not yet applied."""
         search.open_folder(self.folder)
         importances = search.importance(self.base, self.statistics)
-        splits = Splits(self.base, lambda counts: self.cost(counts, importances), self.target, self.largest)
+        cost = self.cost
+        target = self.target
+        if self.budget is not None:
+            cost = MillisecondsCost(self.base, self.example, self.folder / 'latency.csv', self.budget)
+            target = max(1 - self.budget.nanoseconds / cost(dict.fromkeys(self.base.layers, 0), importances), 0.0)
+        splits = Splits(self.base, lambda counts: cost(counts, importances), target, self.largest)
         trials = Trials(self, splits, importances)
         trials.begin(splits.uniform(), self.annealing.start_temperature)
         reached = splits.sparsity(splits.uniform())
-        if reached < self.target - 1e-9:
-            say(f'the target of {self.target} cannot be met: with all that each layer can give {reached:.4f} is pruned')
+        if reached < target - 1e-9:
+            say(f'the target of {target:.4g} cannot be met: with all that each layer can give {reached:.4f} is pruned')
         best = anneal(splits, trials, self.annealing)
         figures = {'performance': trials.score(best), 'sparsity': splits.sparsity(best)}
-        figures['met'] = figures['sparsity'] >= self.target - 1e-9
+        figures['met'] = figures['sparsity'] >= target - 1e-9
+        if self.budget is not None:
+            figures |= cost.report(trials.masks(best), self.budget)
         self.finish(splits.shares(best), trials.masks(best), figures)
 
 
@@ -258,6 +273,7 @@ class Method(Searching):
     def add_args(cls, parser):
         super().add_args(parser)
         add_annealing_flags(parser.add_argument)
+        add_budget_flags(parser.add_argument)
 
     def make_pruner(self, model):
         groups, parts = self.groups(self.job, model)
@@ -271,5 +287,7 @@ class Method(Searching):
             groups=groups,
             parts=parts,
             statistics=self.statistics,
+            budget=budget_of(self.args),
+            example_input=None if self.args.budget_ms is None else next(iter(self.job.test))[0][:1],
             **annealing_options(self.args),
         )

@@ -1,5 +1,6 @@
 """What a network costs once its dead channels are removed, as a function of the filters that are kept."""
 
+import contextlib
 import math
 
 import torch
@@ -61,6 +62,13 @@ class ChannelCost:
             alive[channels[live[name]]] = True
         return alive
 
+    def pinned(self) -> torch.Tensor:
+        """Bool [classes of channels]: True for those that shrink() keeps whatever is dead, as the outputs of the network."""
+        pinned = torch.zeros(self.number, dtype=torch.bool)
+        for numbers, _ in self.channels.pins:
+            pinned[self.channels.classes[numbers]] = True
+        return pinned
+
     def share(self, name: str, alive: torch.Tensor) -> float:
         """What part of a layer's weights stays."""
         if name not in self.filters:
@@ -68,6 +76,13 @@ class ChannelCost:
         rows = alive[self.filters[name]]
         columns = alive[self.inputs[name]] if name in self.inputs else torch.ones(1)
         return int(rows.sum()) * int(columns.sum()) / (len(rows) * len(columns))
+
+    def numbers(self, name: str, alive: torch.Tensor) -> tuple[int, int] | None:
+        """(channels that a layer reads, filters that it keeps), or None where the graph does not know the layer."""
+        if name not in self.filters:
+            return None
+        filters = int(alive[self.filters[name]].sum())
+        return int(alive[self.inputs[name]].sum()) if name in self.inputs else filters, filters
 
 
 # The cost of a candidate of a search: functions of counts, {layer: how many are pruned}, and scores, {layer: tensor}, of
@@ -124,6 +139,22 @@ def kept_filters(base: Compressor, keep: Keep) -> Keep:
 def filter_layers(base: Compressor) -> dict[str, nn.Module]:
     """{name: layer} whose filters a pruner prunes: its layers, or with slim the convolutions that they follow."""
     return {name: base.model.get_submodule(name) for name in kept_filters(base, base.layers)}
+
+
+@contextlib.contextmanager
+def first_inputs(model: nn.Module):
+    """Yields a list that then holds one example of the first batch that the model meets, if it meets one."""
+    found = []
+
+    def watch(model, args):
+        if not found and args and torch.is_tensor(args[0]):
+            found.append(args[0][:1].detach().clone())
+
+    handle = model.register_forward_pre_hook(watch)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def usual_example(model: nn.Module) -> torch.Tensor | None:

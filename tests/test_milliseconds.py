@@ -60,3 +60,4 @@ def test_int8_computes_nearly_the_same():
         gap = (quantized(images) - expected).abs().max()
     assert 0 < gap < 0.05 * expected.abs().max()
     assert type(model[0]) is nn.Conv2d and model[0].weight.dtype == torch.float32
+    assert not hasattr(model, 'qconfig') and not hasattr(model[0], 'qconfig')  # the network itself is as it was
