@@ -28,6 +28,7 @@ from deploy.files import read_published
 from sparse_utils import count_macs
 
 from .published import WEIGHTS, rebuild
+from .training import keep_freed_memory
 from .rebuild import network_of, rebuild_run
 
 ROUNDS = 5
@@ -168,6 +169,7 @@ def engines():
 def work(engine, path, batch, threads):
     """A worker: load the network that measure() saved, say so, then time a block of calls for each line on standard input."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # else PyTorch waits for fresh pages in every pass, up to as long as it computes
     model, example = torch.load(path, weights_only=False)
     run = runner(engine, model, example.repeat(batch, 1, 1, 1), threads)
     for _ in range(3):
