@@ -28,8 +28,8 @@ from deploy.files import read_published
 from sparse_utils import count_macs
 
 from .published import WEIGHTS, rebuild
-from .training import keep_freed_memory
 from .rebuild import network_of, rebuild_run
+from .training import keep_freed_memory
 
 ROUNDS = 5
 SECONDS = 0.3  # of a block
