@@ -44,10 +44,16 @@ if ! satisfied "$python"; then
     echo "launch: Python 3.10 or later is needed, $python is $("$python" -V 2>&1); name another with PYTHON=..." >&2
     exit 1
   fi
-  if ! { [ -x "$here/.venv/bin/python" ] && satisfied "$here/.venv/bin/python"; }; then
-    echo "launch: installing requirements.txt into .venv (once; PyTorch is large, this takes a few minutes)"
-    "$python" -m venv "$here/.venv"
-    "$here/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+  installed() { [ -x "$here/.venv/bin/python" ] && satisfied "$here/.venv/bin/python"; }
+  if ! installed; then
+    exec 9> "$here/.venv.lock"
+    if command -v flock > /dev/null; then flock 9; fi # another launch that installs is waited for, and has then done it
+    if ! installed; then
+      echo "launch: installing requirements.txt into .venv (once; PyTorch is large, this takes a few minutes)"
+      "$python" -m venv "$here/.venv"
+      "$here/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+    fi
+    exec 9>&-
   fi
   python=$here/.venv/bin/python
 fi

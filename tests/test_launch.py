@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -304,6 +305,34 @@ def imported():
                 names = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else []
             found |= {name.split('.')[0]: str(path.relative_to(ROOT)) for name in names}
     return found
+
+
+FAKE_PYTHON = """#!/bin/sh
+here=$(dirname "$0")
+case "$1 $2 $3" in
+  "- "*) cat > /dev/null; test -e "$here/packages" ;;
+  "-m venv "*) echo venv >> "$LOG"; mkdir -p "$3/bin"; sleep 0.3; cp "$0" "$3/bin/python" ;;
+  "-m pip "*) sleep 0.3; echo pip >> "$LOG"; touch "$here/packages" ;;
+  *) echo "$@" >> "$LOG" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which('flock') is None, reason='without flock nothing can wait')
+def test_two_launchers_at_once_install_once(tmp_path):
+    for name in ('launch', 'requirements.txt'):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / 'tools' / 'python'
+    python.parent.mkdir()
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    log = tmp_path / 'log'
+    environment = os.environ | {'PYTHON': str(python), 'LOG': str(log)}
+    command = [str(tmp_path / 'launch'), 'python', 'hello']
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    lines = log.read_text().splitlines()
+    assert lines.count('venv') == lines.count('pip') == 1 and lines.count('hello') == 2
 
 
 def test_requirements_are_what_the_code_imports():
