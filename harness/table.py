@@ -331,7 +331,7 @@ def readme(path):
         if match[2]:
             text = '\n\n'.join(chosen_rows(part, match[2]) for part in text.split('\n\n'))
         text = text[text.index('|') if '|' in text else 0 :]
-        text = re.sub(r'\n!\[.*?\]\(.*?\)\n', '', text)
+        text = re.sub(r'(?m)^!\[.*?\]\(.*?\)$', '', text)
         if match[1] == 'tables.md':  # whose links begin in results/
             text = re.sub(r'\]\((?=[\w/]+\.md\))', '](results/', text) if path.parent == ROOT else text
         chosen = f' only {match[2]}' if match[2] else ''

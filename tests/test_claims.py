@@ -126,3 +126,26 @@ def text():
 def test_what_the_pages_say_is_what_was_recorded(claim, runs):
     assert claim in text()
     assert CLAIMS[claim](runs)
+
+
+def headings(page):
+    """The anchors of a page's headings."""
+    words = re.findall(r'(?m)^#+ (.*)$', page)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in words}
+
+
+def test_links_lead_somewhere():
+    """Each relative link and picture of a page is a file, each anchor a heading."""
+    pages = [*ROOT.glob('*.md'), *(ROOT / 'results').rglob('*.md'), *(ROOT / 'tests').rglob('*.md')]
+    assert len(pages) > 30
+    wrong = []
+    for path in pages:
+        text = re.sub(r'(?s)```.*?```|`[^`\n]*`', '', path.read_text())
+        for target in re.findall(r'\]\(([^)\s]+)\)', text):
+            if re.match(r'https?://', target):
+                continue
+            name, _, anchor = target.partition('#')
+            there = path.parent / name if name else path
+            if not there.exists() or (anchor and anchor not in headings(there.read_text())):
+                wrong.append(f'{path.relative_to(ROOT)}: {target}')
+    assert not wrong
