@@ -6,7 +6,8 @@ import statistics
 import pytest
 from helpers import ROOT
 
-from harness import pairs, table
+from deploy.files import read_json
+from harness import milliseconds, pairs, table
 
 
 @pytest.fixture(scope='module')
@@ -126,6 +127,25 @@ def text():
 def test_what_the_pages_say_is_what_was_recorded(claim, runs):
     assert claim in text()
     assert CLAIMS[claim](runs)
+
+
+def test_what_the_readme_says_of_equal_milliseconds():
+    rows = read_json(milliseconds.MEASURED)['rows']
+    text = (ROOT / 'README.md').read_text()
+
+    def said(row):
+        time, _ = milliseconds.fastest(rows[row], 1)
+        return f'{float(f"{time:.2g}"):g} ms', f'{rows[row]["accuracy"]:.1f} %'
+
+    for row in ('dense', 'feather-90', 'feather-98', 'small-dense-75'):
+        assert all(part in text for part in said(row)), (row, said(row))
+    for row in ('l1_filter-30', 'fpgm-30'):  # slower and less accurate than a narrow network
+        narrow = rows['small-dense-50']
+        assert milliseconds.fastest(rows[row], 1)[0] > milliseconds.fastest(narrow, 1)[0]
+        assert rows[row]['accuracy'] < narrow['accuracy']
+    dense, int8 = rows['dense'], rows['dense-int8']
+    assert 1.8 < milliseconds.fastest(dense, 32)[0] / milliseconds.fastest(int8, 32)[0] < 2.2
+    assert abs(dense['accuracy'] - int8['accuracy']) < 0.1
 
 
 def headings(page):

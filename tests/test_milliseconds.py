@@ -61,3 +61,12 @@ def test_int8_computes_nearly_the_same():
     assert 0 < gap < 0.05 * expected.abs().max()
     assert type(model[0]) is nn.Conv2d and model[0].weight.dtype == torch.float32
     assert not hasattr(model, 'qconfig') and not hasattr(model[0], 'qconfig')  # the network itself is as it was
+
+
+def test_of_two_readings_the_faster_one_counts():
+    before = {'kind': 'zeros', 'accuracy': 80.0, 'milliseconds': {'1': {'a': 2.0, 'b': 3.0}, '32': {'a': 9.0}}}
+    now = {'kind': 'zeros', 'accuracy': 80.0, 'milliseconds': {'1': {'a': 2.5, 'c': 1.0}, '32': {'a': 8.0}}}
+    kept = milliseconds.faster(now, before)
+    assert kept['milliseconds'] == {'1': {'a': 2.0, 'b': 3.0, 'c': 1.0}, '32': {'a': 8.0}}
+    assert milliseconds.faster(now, None) == now
+    assert milliseconds.faster(now, before | {'accuracy': 79.0}) == now  # another network
