@@ -25,8 +25,7 @@ class Decision:
         self.readers = [Reader(channels, step) for step in channels.steps if isinstance(step, Mix) and not step.depthwise]
         self.depthwise = [step for step in channels.steps if isinstance(step, Mix) and step.depthwise]
         self.pinned = torch.zeros(int(channels.classes.max()) + 1 if channels.count else 0, dtype=torch.bool)
-        for numbers, _ in channels.pins:
-            self.pinned[channels.classes[numbers]] = True
+        self.pinned[channels.classes[channels.pinned_numbers()]] = True
         for shadow in extra:
             self.pinned[channels.classes[shadow[shadow >= 0]]] = True
         self._pin_uneven_parameters()

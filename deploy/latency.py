@@ -49,13 +49,14 @@ def median_seconds(
     networks: dict[str, nn.Module], images: torch.Tensor, threads: int | None = None, seconds: float | None = None
 ) -> dict[str, float]:
     """{name: median seconds of a forward pass of a batch}; networks in turn, threads and seconds as in measure_latency()."""
-    with _threads_of_the_cpu(threads or THREADS):
+    with threads_of_the_cpu(threads or THREADS):
         times = _passes_in_turn(networks, images, SECONDS if seconds is None else seconds)
     return {name: statistics.median(passes) for name, passes in times.items()}
 
 
 @contextlib.contextmanager
-def _threads_of_the_cpu(number):
+def threads_of_the_cpu(number: int):
+    """Inside, PyTorch computes on so many threads; afterwards on as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

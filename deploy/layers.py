@@ -330,9 +330,7 @@ def full_bias(network, layer):
 
 def _needed(channels):
     """Bool of all numbers: whether somebody who is read reads them."""
-    needed = torch.zeros(channels.count, dtype=torch.bool)
-    for numbers, _ in channels.pins:
-        needed[numbers] = True
+    needed = channels.pinned_numbers()
     for step in reversed(channels.steps):
         if not isinstance(step, Mix):
             needed[step.source[needed[step.target]]] = True

@@ -113,10 +113,8 @@ def _sweep(channels, masks):
         elif rule == 'any':
             fed[step.out] = False
             fed[step.target[fed[step.source]]] = True
-    read = torch.zeros(channels.count, dtype=torch.bool)
+    read = channels.pinned_numbers()
     kept = {}
-    for numbers, _ in channels.pins:
-        read[numbers] = True
     for step, rule in zip(reversed(channels.steps), reversed(rules), strict=True):
         if isinstance(step, Each):
             read[step.source[read[step.target]]] = True

@@ -174,6 +174,13 @@ class Channels:
         self.pin(numbers, reason)
         return numbers
 
+    def pinned_numbers(self):
+        """Bool of all numbers: the channels that stay, whatever is dead."""
+        pinned = torch.zeros(self.count, dtype=torch.bool)
+        for numbers, _ in self.pins:
+            pinned[numbers] = True
+        return pinned
+
     def connected(self):
         """For each number its class, from 0 on: the connected parts of the graph of ties."""
         root = torch.arange(self.count)

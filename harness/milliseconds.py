@@ -4,8 +4,8 @@
 
 Takes the published networks of results/cifar10_10ep.md, seed 0: single zeros run in the sparse engine, whole filters are
 removed by shrink(), the network of Dynamic Structure Pruning is packed; these, the dense network and narrow ones trained as
-they are run in every engine that is installed, the dense one in PyTorch's int8 as well. All are timed in one run, each engine
-in a process of its own, one image and 32. Writes results/bench/milliseconds.json, .md and .png; --row measures some rows
+they are run in every engine that is installed, the dense one in PyTorch's int8 as well. All are timed on one machine, each
+engine in a process of its own, one image and 32. Writes results/bench/milliseconds.json, .md and .png; --row measures some rows
 again, or new ones. Of two readings of a network in an engine the faster one counts, as what disturbs a machine only slows it.
 """
 
@@ -156,6 +156,7 @@ def page(names, measured):
     text += 'Made by `python -m harness.milliseconds`.\n\n' + markdown(head, lines)
     where = f'{measured["device"]}, torch {measured["torch"]}'
     text += f'\n- milliseconds on {where}, each network in the engine that runs it fastest\n'
+    text += '- of rows that were read more than once the faster reading\n'
     text += ''.join(f'- {sentence(rows, batch)}\n' for batch in BATCHES)
     return text + '\n![accuracy over milliseconds](../milliseconds.png)\n'
 

@@ -13,6 +13,7 @@ import torch
 
 from deploy import sparse_compile
 from deploy.files import read_json, write_atomically, write_json
+from deploy.latency import threads_of_the_cpu
 from pruners.processes import say
 from sparse_utils import count_zeros
 
@@ -37,12 +38,8 @@ def compile_run(args, device):
     compiled = sparse_compile(model, example, args.threads)
     run = read_json(folder / 'args.json')
     images = published.test_images(args, {'args': run | {'channels_last': False, 'val_size': 0, 'limit_train': None}}, device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with threads_of_the_cpu(args.threads):
         result = {'run': folder.name, 'accuracy': accuracy(compiled, images), 'accuracy_dense': accuracy(model, images)}
-    finally:
-        torch.set_num_threads(before)
     zeros, weights = totals(count_zeros(model, run['pthres']))
     result |= {'zeros': zeros, 'weights': weights, 'sparse_on': measured_on(args.threads)}
     failed = []

@@ -126,7 +126,7 @@ class NetAdaptPruner(search.Search):
         figures = {'performance': self.performance, 'sparsity': sparsity, 'met': self.left <= self.goal}
         keep = search.keep_counts(self.importances, self.counts)
         if self.budget is not None:
-            figures |= self.cost.report(keep, self.budget)
+            figures |= self.cost.report(keep)
         self.finish(self.shares(self.counts), keep, figures)
 
     def choose_filters(self):

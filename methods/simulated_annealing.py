@@ -264,7 +264,7 @@ class SimulatedAnnealingPruner(search.Search):
         figures = {'performance': trials.score(best), 'sparsity': splits.sparsity(best)}
         figures['met'] = figures['sparsity'] >= target - 1e-9
         if self.budget is not None:
-            figures |= cost.report(trials.masks(best), self.budget)
+            figures |= cost.report(trials.masks(best))
         self.finish(splits.shares(best), trials.masks(best), figures)
 
 

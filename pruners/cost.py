@@ -65,8 +65,7 @@ class ChannelCost:
     def pinned(self) -> torch.Tensor:
         """Bool [classes of channels]: True for those that shrink() keeps whatever is dead, as the outputs of the network."""
         pinned = torch.zeros(self.number, dtype=torch.bool)
-        for numbers, _ in self.channels.pins:
-            pinned[self.channels.classes[numbers]] = True
+        pinned[self.channels.classes[self.channels.pinned_numbers()]] = True
         return pinned
 
     def share(self, name: str, alive: torch.Tensor) -> float:

@@ -47,7 +47,6 @@ class Budget(NamedTuple):
             raise ValueError(f'a budget of milliseconds needs filters to remove; {type(base).__name__} prunes single weights')
         if not 0 < self.milliseconds < math.inf or self.batch < 1 or (self.threads or 1) < 1:
             raise ValueError(f'a budget needs milliseconds above 0 and batch and threads of 1 or more, got {self}')
-
         if example_input is not None:
             ChannelCost(base.model, example_input[:1])
 
@@ -75,6 +74,7 @@ class MillisecondsCost:
         if example_input is None:
             raise ValueError('a budget of milliseconds is measured on an example input: give example_input')
         self.base = base
+        self.budget = budget
         self.example = example_input[:1]
         self.images = self.example.repeat(budget.batch, *[1] * (self.example.dim() - 1))
         self.threads = budget.threads or THREADS
@@ -82,6 +82,7 @@ class MillisecondsCost:
         self.known = {row['what']: int(row['nanoseconds']) for row in processes.same(self.table.read())}
         self.table.write(self.known.items())
         self.channels = ChannelCost(base.model, self.example)
+        self.pinned = self.channels.pinned()
         self.calls = layer_calls(base.model, self.images)
         self.times = {}  # {(layer, channels in, channels out, its call): nanoseconds}
         self.per_value, self.fixed = self.rest()
@@ -116,17 +117,18 @@ class MillisecondsCost:
         per_value = max((rest - smaller_rest) / (values - fewer_values), 0.0) if values > fewer_values else 0.0
         return per_value, rest - per_value * values
 
-    def report(self, keep: Keep, budget: Budget) -> dict:
+    def report(self, keep: Keep) -> dict:
         """What a search says of its end: milliseconds by the table and as the shrunk network measures them."""
         figures = {'milliseconds': self.estimate(keep) / 1e6, 'milliseconds_measured': self.measure(keep) / 1e6}
         say('{milliseconds:.3f} ms by the table of layers, {milliseconds_measured:.3f} ms measured'.format(**figures))
-        if figures['milliseconds_measured'] > 1.05 * budget.milliseconds:
-            say(f'that is above the budget of {budget.milliseconds} ms: the table is off by that much, so give a smaller one')
+        wanted = self.budget.milliseconds
+        if figures['milliseconds_measured'] > 1.05 * wanted:
+            say(f'that is above the budget of {wanted} ms: the table is off by that much, so give a smaller one')
         return figures
 
     def layers_and_values(self, keep: Keep) -> tuple[int, float]:
         """(nanoseconds of all layers, each alone; how many values they put out)"""
-        alive = self.channels.alive(kept_filters(self.base, keep)) | self.channels.pinned()
+        alive = self.channels.alive(kept_filters(self.base, keep)) | self.pinned
         nanoseconds = 0
         values = 0.0
         for name, calls in self.calls.items():

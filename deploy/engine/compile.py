@@ -7,6 +7,7 @@ import time
 import torch
 from torch import nn
 
+from ..latency import threads_of_the_cpu
 from . import build
 from .graph import Graph, GraphError
 from .plan import Plan
@@ -117,17 +118,13 @@ class SparseNetwork(nn.Module):
 
     def _loses(self, plan, inputs):
         """Whether PyTorch is faster in the best of rounds in turn, which other programs disturb least."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(plan.threads)
         best = {'plan': float('inf'), 'model': float('inf')}
-        try:
+        with threads_of_the_cpu(plan.threads):
             for _ in range(ROUNDS):
                 for name, function in (('plan', lambda: plan.run(inputs)), ('model', lambda: self.model(*inputs))):
                     began = time.perf_counter()
                     function()
                     best[name] = min(best[name], time.perf_counter() - began)
-        finally:
-            torch.set_num_threads(before)
         return best['plan'] > best['model']
 
     def report(self, *inputs):
