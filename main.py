@@ -7,6 +7,7 @@ python main.py --shrink RUN, --sparse-compile RUN, --publish RUN, --evaluate FIL
 """
 
 import contextlib
+import functools
 import os
 import shlex
 import sys
@@ -90,7 +91,7 @@ def carry_out(job, method):
 
 
 class Job:
-    """What method.run(job) has: args, model, device, folder, the loaders train, val (or None) and test, fit, evaluate."""
+    """What method.run(job) has: args, model, device, folder, train, val (or None) and test loaders, example, fit, evaluate."""
 
     def __init__(self, args, model, data, device, folder):
         self.args = args
@@ -104,6 +105,11 @@ class Job:
         self.done = {'epochs': 0, 'seconds': 0.0, 'best': 0.0}  # over all stages
         self.recalibrated = {}  # figures, once it is done
         self.writer = None
+
+    @functools.cached_property
+    def example(self):
+        """One test image, [1, C, H, W], normalised and on the device: an input for whatever traces the network."""
+        return next(iter(self.test))[0][:1].clone()
 
     def fit(self, method, stage='train', **changes):
         """Train one stage; `changes` replace arguments: fit(method, 'finetune', epochs=20, lr=0.001).
@@ -124,7 +130,7 @@ class Job:
             optimizer=optimizer,
             criterion=nn.CrossEntropyLoss(label_smoothing=args.label_smoothing),
             autocast=torch.autocast(self.device.type, torch.bfloat16) if args.amp else contextlib.nullcontext(),
-            example=next(iter(self.test))[0][:1],
+            example=self.example,
         )
         method.attach(fit)
         for epoch in range(self.restore(method, optimizer, stage), args.epochs):

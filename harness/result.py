@@ -62,9 +62,9 @@ def measure(job, method):
     """The result line: everything in it is counted or measured on the finished model, nothing is taken from the request."""
     model = job.model
     zeros = count_zeros(model, job.args.pthres)
-    macs = count_macs(model, next(iter(job.test))[0][:1])
+    macs = count_macs(model, job.example)
     pruned, weights = totals(zeros)
-    smaller = gains(model, next(iter(job.test))[0][:1]) if method.filters else {}
+    smaller = gains(model, job.example) if method.filters else {}
     parameters = list(model.parameters())
     everything = sum(p.numel() for p in parameters)
     macs_dense, macs_nonzero = totals(macs)

@@ -20,15 +20,23 @@ SOURCE = Path(__file__).with_name('_kernels.cpp')
 
 @cache
 def library():
-    """The kernels, compiled when they are needed for the first time on this machine. Raises CompilerError."""
-    kernels = ctypes.CDLL(str(compile_kernels(source=SOURCE)))
+    """The kernels, compiled when they are needed for the first time on this machine. Raises CompilerError.
+
+    A compiler without OpenMP makes them for one thread.
+    """
+    try:
+        path = compile_kernels(['-fopenmp'], source=SOURCE)
+    except CompilerError:
+        path = compile_kernels(source=SOURCE)
+    kernels = ctypes.CDLL(str(path))
     pointer = ctypes.c_void_p
     whole = ctypes.c_int64
     real = ctypes.c_float
-    kernels.feather_forward.argtypes = [pointer, whole, real, pointer]
-    kernels.feather_backward.argtypes = [pointer, pointer, whole, real, pointer]
-    kernels.st3_forward.argtypes = [pointer, whole, whole, real, whole, whole, pointer]
-    kernels.count_between.argtypes = [pointer, whole, real, real, pointer, whole, ctypes.POINTER(whole)]
+    threads = ctypes.c_int
+    kernels.feather_forward.argtypes = [pointer, whole, real, pointer, threads]
+    kernels.feather_backward.argtypes = [pointer, pointer, whole, real, pointer, threads]
+    kernels.st3_forward.argtypes = [pointer, whole, whole, real, whole, whole, pointer, threads]
+    kernels.count_between.argtypes = [pointer, whole, real, real, pointer, whole, ctypes.POINTER(whole), threads]
     kernels.count_between.restype = whole
     return kernels
 
@@ -93,7 +101,8 @@ class _FastFeather(torch.autograd.Function):
     def forward(ctx, weight, threshold, theta):
         ctx.theta = theta
         sparse = torch.empty_like(weight)
-        library().feather_forward(weight.data_ptr(), weight.numel(), threshold, sparse.data_ptr())
+        threads = torch.get_num_threads()
+        library().feather_forward(weight.data_ptr(), weight.numel(), threshold, sparse.data_ptr(), threads)
         if theta != 1:
             ctx.save_for_backward(sparse)
         return sparse
@@ -106,7 +115,8 @@ class _FastFeather(torch.autograd.Function):
         if grad.stride() != sparse.stride():
             grad = torch.empty_like(sparse).copy_(grad)
         result = torch.empty_like(sparse)
-        library().feather_backward(grad.data_ptr(), sparse.data_ptr(), grad.numel(), ctx.theta, result.data_ptr())
+        threads = torch.get_num_threads()
+        library().feather_backward(grad.data_ptr(), sparse.data_ptr(), grad.numel(), ctx.theta, result.data_ptr(), threads)
         return result, None, None
 
 
@@ -134,9 +144,11 @@ def _count(weights, low, high, room):
     inside = torch.empty(room)
     found = ctypes.c_int64(0)
     below = 0
+    threads = torch.get_num_threads()
     for weight in weights:
         place = ctypes.byref(found)
-        below += library().count_between(weight.data_ptr(), weight.numel(), low, high, inside.data_ptr(), room, place)
+        data = weight.data_ptr()
+        below += library().count_between(data, weight.numel(), low, high, inside.data_ptr(), room, place, threads)
     return below, inside, found.value
 
 
@@ -171,7 +183,8 @@ class _FastSoftThreshold(torch.autograd.Function):
     def forward(ctx, weight, threshold, soft, rescale):
         sparse = torch.empty_like(weight)
         size = weight.numel() // len(weight)
-        library().st3_forward(weight.data_ptr(), len(weight), size, threshold, soft, rescale, sparse.data_ptr())
+        threads = torch.get_num_threads()
+        library().st3_forward(weight.data_ptr(), len(weight), size, threshold, soft, rescale, sparse.data_ptr(), threads)
         return sparse
 
     @staticmethod

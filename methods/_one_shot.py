@@ -128,7 +128,7 @@ class OneShot(Base):
         both are empty where they are not asked for."""
         if not (self.filters and self.args.dependency_aware):
             return [], {}
-        return decided_together(model, next(iter(job.test))[0][:1])
+        return decided_together(model, job.example)
 
     def prune(self, job):
         self.pruner.update_mask()

@@ -248,9 +248,8 @@ class RoundsInLoop(Rounds):
         options = annealing_options(args) | {'base_algo': args.base_algo, 'statistics': method.statistics}
         annealing = partial(SimulatedAnnealingPruner, evaluator=method.evaluator, **options)
         admm = (args.rho, args.admm_epochs)
-        example = next(iter(job.test))[0][:1]
         config = method.config_list(job.model)
-        super().__init__(job.model, config, annealing, args.num_iterations, *admm, example, job.folder)
+        super().__init__(job.model, config, annealing, args.num_iterations, *admm, job.example, job.folder)
 
     def largest_share(self, target):
         return largest_share(self.job.args, target)

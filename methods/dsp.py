@@ -266,15 +266,13 @@ class Method(Base):
 
     def shares_of_zeros(self, job):
         """What the run that --from names has pruned of the grouped convolutions, counted in its weights."""
-        example = next(iter(job.test))[0][:1]
-        convs = group_convs(job.model, example, job.args.exclude, say=lambda text: None)
-        flops, weights = shares_pruned(convs, count_macs(job.model, example))
+        convs = group_convs(job.model, job.example, job.args.exclude, say=lambda text: None)
+        flops, weights = shares_pruned(convs, count_macs(job.model, job.example))
         return {'flops_pruned': flops, 'weights_pruned': weights}
 
     def check(self, job):
         """Raise ValueError for layers that are not there now, not after hours of pretraining."""
-        example = next(iter(job.test))[0][:1]
-        convs = group_convs(job.model, example, job.args.exclude, say=lambda text: None)
+        convs = group_convs(job.model, job.example, job.args.exclude, say=lambda text: None)
         convs_that_lose_filters(list(convs), self.fp_every(), job.args.fp_layers)
 
     def fp_every(self):
@@ -293,13 +291,12 @@ class Method(Base):
         """Prune a share of the FLOPs, by the present weights and groups."""
         if self.pruner is None:
             args = job.args
-            example = next(iter(job.test))[0][:1]
             self.pruner = PruneWrapper(
                 job.model,
                 args.groups,
                 self.fp_every(),
                 args.fp_layers,
-                example,
+                job.example,
                 args.round_to,
                 exclude=args.exclude,
                 say=say,

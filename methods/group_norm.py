@@ -209,7 +209,7 @@ class Method(OneShot):
 
     def run(self, job):
         self.model = job.model
-        self.members = Members(job.model, next(iter(job.test))[0][:1])
+        self.members = Members(job.model, job.example)
         self.groups_of_filters = self.distinct_groups(job.model)
         super().run(job)
 

@@ -288,7 +288,7 @@ class Method(Searching):
             sparsity_per_iteration=self.args.sparsity_per_iteration,
             experiment_data_dir=self.job.folder,
             cost=self.args.cost,
-            example_input=next(iter(self.job.test))[0][:1],
+            example_input=self.job.example,
             dependency_aware=self.args.dependency_aware,
             budget=budget_of(self.args),
         )

@@ -288,6 +288,6 @@ class Method(Searching):
             parts=parts,
             statistics=self.statistics,
             budget=budget_of(self.args),
-            example_input=None if self.args.budget_ms is None else next(iter(self.job.test))[0][:1],
+            example_input=None if self.args.budget_ms is None else self.job.example,
             **annealing_options(self.args),
         )

@@ -47,7 +47,7 @@ class Method(AtInit):
         parser.add_argument('--rounds', type=positive, default=100, metavar='K', help=text)
 
     def choose_masks(self, job):
-        return self.iterate(job.model, torch.ones_like(next(iter(job.test))[0][:1], dtype=torch.float64))
+        return self.iterate(job.model, torch.ones_like(job.example, dtype=torch.float64))
 
     def iterate(self, model, ones):
         model = absolute(model)

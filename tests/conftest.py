@@ -1,6 +1,8 @@
 """Shared by all tests: one thread, and main.py run in this process on something tiny."""
 
 import functools
+import gc
+import types
 
 import pytest
 import torch
@@ -16,7 +18,12 @@ latency.WARM_UP, latency.FEWEST = 0, 1
 result.commit = functools.cache(result.commit)  # two git commands a run
 
 
-RUNNING = ('test_methods', 'test_admm', 'test_faults', 'test_lrr', 'test_main', 'test_nni', 'test_searches', 'test_dsp')
+gc.collect()
+gc.freeze()  # what is imported stays, and need not be searched again and again
+gc.set_threshold(50_000, 20, 20)
+
+READING = ('test_graph', 'test_random_graphs')  # what is read from networks is tested there: each is exported
+PLAIN = (int, float, str, tuple, types.NoneType, types.FunctionType, types.BuiltinFunctionType, type)
 
 
 @pytest.fixture(autouse=True)
@@ -25,32 +32,44 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@functools.cache
-def exported_before(key):
-    """A box for what torch.export made of a network of this structure: the graph does not depend on the weights."""
-    return []
+def structure_of(model):
+    """What the graph of a network depends on, which its weights are not; None where a module may hide something more."""
+    modules = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = [(key, value) for key, value in vars(module).items() if key == 'training' or not key.startswith('_')]
+        if module._forward_hooks or module._forward_pre_hooks or not all(isinstance(value, PLAIN) for _, value in own):
+            return None
+        modules.append((name, type(module), tuple(own)))
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first = {}
+    for name, tensor in tensors:
+        first.setdefault(tensor, name)  # tied ones have one name
+    return tuple(modules), tuple((name, first[tensor], tensor.shape, tensor.dtype) for name, tensor in tensors)
+
+
+EXPORTED = {}
 
 
 @pytest.fixture(autouse=True)
 def exported_once(request, monkeypatch):
-    """Export each structure of network once in the tests that run main.py, the same few networks again and again.
+    """Export each structure of network once: it takes half a second, and many tests have the same few networks.
 
-    Tests of what is read from networks export each of theirs.
+    But for free sizes, which comparisons in what reads the graph bind.
     """
-    if request.module.__name__ not in RUNNING:
+    if request.module.__name__ in READING:
         return
     export = graph.export
 
     def once(model, args, kwargs, shapes):
-        inputs = [
-            (tuple(x.shape), x.dtype) if torch.is_tensor(x) else x for x in torch.utils._pytree.tree_leaves((args, kwargs))
-        ]
-        modes = [module.training for module in model.modules()]
-        weights = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
-        box = exported_before(repr((str(model), modes, weights, inputs, shapes)))
-        if not box:
-            box.append(export(model, args, kwargs, shapes))
-        return box[0]
+        structure = None if shapes else structure_of(model)
+        if structure is None:
+            return export(model, args, kwargs, shapes)
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        inputs = [(value.shape, value.dtype) if torch.is_tensor(value) else value for value in leaves]
+        key = structure, repr((inputs, list(kwargs)))
+        if key not in EXPORTED:
+            EXPORTED[key] = export(model, args, kwargs, shapes)
+        return EXPORTED[key]
 
     monkeypatch.setattr(graph, 'export', once)
 

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import socket
 from argparse import Namespace
 from pathlib import Path
 
@@ -42,7 +43,7 @@ SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['helpers', 'torch.utils.tensorboard', 'sklearn.datasets'])
 
 
-def main_in_child(words, output, environment, before):
+def main_in_child(runs, output, environment, before):
     """What start_main() starts: main.py of these words, in a process that has imported everything already."""
     with open(output, 'ab') as file:
         os.dup2(file.fileno(), 1)
@@ -52,19 +53,35 @@ def main_in_child(words, output, environment, before):
     data.read_digits = read_few_digits
     if before is not None:
         before()
-    program.main(words)
+    for words in runs:
+        program.main(words)
 
 
-def start_main(words, output, environment=None, before=None):
+def start_main(*runs, output, environment=None, before=None):
     """main.py as a process of its own, begun at once -> multiprocessing.Process; what it prints goes to `output`.
 
-    It is forked from a clean process that has imported torch and the rest once. before() is called in it first.
+    runs: lists of main.py's words, one run after the other. It is forked from a clean process that has imported torch and the
+    rest once. before() is called in it first.
     """
-    process = SERVER.Process(target=main_in_child, args=([*map(str, words)], output, environment or {}, before))
+    runs = [[*map(str, words)] for words in runs]
+    process = SERVER.Process(target=main_in_child, args=(runs, output, environment or {}, before))
     with pytest.MonkeyPatch.context() as patch:  # for the server, which starts with the first process
         patch.setenv('PYTHONPATH', f'{ROOT}{os.pathsep}{ROOT / "tests"}')
         process.start()
     return process
+
+
+def run_two(*runs, output):
+    """main.py as two processes, in the environment that torchrun gives them -> (worst exit status, what they printed)."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    common = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    environments = [common | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in (0, 1)]
+    processes = [start_main(*runs, output=output, environment=environment) for environment in environments]
+    for process in processes:
+        process.join()
+    return max(process.exitcode for process in processes), output.read_text()
 
 
 def run_main(out, *words):

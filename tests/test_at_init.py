@@ -32,7 +32,8 @@ def job_of(model, folder, sizes=(8, 8), classes=5):
     generator = torch.Generator().manual_seed(3)
     labels = [torch.randint(0, classes, (size,), generator=generator) for size in sizes]
     batches = Batches((torch.randn(size, 2, 6, 6, generator=generator), y) for size, y in zip(sizes, labels, strict=True))
-    return Namespace(model=model, train=batches, test=batches, folder=folder, data=Namespace(num_classes=classes))
+    data = Namespace(num_classes=classes)
+    return Namespace(model=model, train=batches, example=batches[0][0][:1], folder=folder, data=data)
 
 
 def scored(name, model, tmp_path, *words):

@@ -2,13 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, read_run, same_state, start_main
+from helpers import ROOT, read_run, run_two, same_state
 
 import main as program
 from harness import run_folder
@@ -22,24 +21,15 @@ def run_one(out, *words):
     program.main([*ONE, f'--out={out}', *words])
 
 
-def run_two(out, *words):
-    """main.py as two processes, in the environment that torchrun gives them -> (worst exit status, what they printed)."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    common = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-    output = out.with_name(f'{out.name}.txt')
-    environments = [common | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in (0, 1)]
-    processes = [start_main([*ONE, f'--out={out}', *words], output, environment) for environment in environments]
-    for process in processes:
-        process.join()
-    return max(process.exitcode for process in processes), output.read_text()
+def run_both(out, *words):
+    """main.py as two processes -> (worst exit status, what they printed)."""
+    return run_two([*ONE, f'--out={out}', *words], output=out.with_name(f'{out.name}.txt'))
 
 
 def test_two_processes_are_one(tmp_path):
     # 230 images in batches of 50: the last batch has 30, and every image counts the same in it
     run_one(tmp_path / 'one', *NORMLESS)
-    status, printed = run_two(tmp_path / 'two', *NORMLESS)
+    status, printed = run_both(tmp_path / 'two', *NORMLESS)
     assert status == 0, printed
     (one, state_one), (two, state_two) = read_run(tmp_path / 'one'), read_run(tmp_path / 'two')
     for name in state_one:
@@ -54,7 +44,7 @@ def test_two_processes_recalibrate_as_one(tmp_path):
     """Without learning the weights are those of the seed, and every process averages the same whole batches."""
     words = ['--model=resnet20', '--width=4', '--method=dense', '--epochs=1', '--lr=0', '--recalibrate=120']
     run_one(tmp_path / 'one', *words)
-    status, printed = run_two(tmp_path / 'two', *words)
+    status, printed = run_both(tmp_path / 'two', *words)
     assert status == 0, printed
     (one, state_one), (two, state_two) = read_run(tmp_path / 'one'), read_run(tmp_path / 'two')
     assert one['recalibrated_images'] == two['recalibrated_images'] == 120 and two['accuracy'] == one['accuracy']
@@ -65,7 +55,7 @@ def test_two_processes_recalibrate_as_one(tmp_path):
 def test_a_killed_run_of_two_processes_resumes_to_the_bit(tmp_path):
     """The run that is cut is started by torchrun, which has to end the other process too."""
     words = ['--model=resnet20', '--width=4', '--method=st3', '--ptarget=0.9', '--epochs=3']
-    status, printed = run_two(tmp_path / 'whole', *words)
+    status, printed = run_both(tmp_path / 'whole', *words)
     assert status == 0, printed
     crash = 'import main, os, torch.distributed as d\nsave = main.Job.save\n'
     crash += 'def dies(job, *a):\n    save(job, *a)\n    if d.get_rank() == 1 and a[-1] == 2:\n        os._exit(9)\n'
@@ -75,14 +65,14 @@ def test_a_killed_run_of_two_processes_resumes_to_the_bit(tmp_path):
     env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     died = subprocess.run([*command, *ONE, *words, f'--out={tmp_path}/cut'], env=env, capture_output=True, text=True)
     assert died.returncode != 0 and 'exitcode  : 9' in died.stderr and run_folder.finished(tmp_path / 'cut') is None
-    status, printed = run_two(tmp_path / 'cut', *words)
+    status, printed = run_both(tmp_path / 'cut', *words)
     assert status == 0, printed
     assert same_state(read_run(tmp_path / 'cut')[1], read_run(tmp_path / 'whole')[1])
 
 
 def test_a_refusal_comes_once(tmp_path):
     run_one(tmp_path / 'run', *NORMLESS, '--epochs=1')
-    status, printed = run_two(tmp_path / 'run', *NORMLESS, '--epochs=3')
+    status, printed = run_both(tmp_path / 'run', *NORMLESS, '--epochs=3')
     assert status != 0 and printed.count('other arguments') == 1
 
 

@@ -1,13 +1,8 @@
 """Two processes give one process's masks, for the methods that rank by gradients, by a batch, or by random numbers."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import ROOT, read_run
+from helpers import read_run, run_two
 
 import main as program
 
@@ -21,13 +16,6 @@ RUNS = {
     'grasp': ['--images-per-class=20'],
     'spartan': [],
 }
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import main
-for words in json.loads(sys.argv[2]):
-    main.main(words)
-"""
 
 
 def words(name, folder):
@@ -38,11 +26,8 @@ def words(name, folder):
 def two(tmp_path_factory):
     """The folder with the runs of two processes, all by one pair of them."""
     folder = tmp_path_factory.mktemp('two')
-    (folder / 'script.py').write_text(SCRIPT)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(folder / 'script.py')]
-    command += [str(ROOT), json.dumps([words(name, folder) for name in RUNS])]
-    ended = subprocess.run(command, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    status, printed = run_two(*[words(name, folder) for name in RUNS], output=folder / 'printed.txt')
+    assert status == 0, printed
     return folder
 
 

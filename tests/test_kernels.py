@@ -7,7 +7,7 @@ import torch
 from helpers import TINY, assert_ends_as, run_main, run_with_copies
 
 from args import parse
-from deploy.engine.build import CompilerError
+from deploy.engine.build import CompilerError, compile_kernels
 from methods import _kernels
 from methods._kernels import FastFeather, count_between, fast_soft_threshold, fast_threshold, lies_densely
 from methods.feather import Method as FeatherMethod
@@ -122,6 +122,40 @@ def test_between_by_hand():
     many = torch.linspace(-1, 1, 10_001)  # more than there is room for at first
     below, inside = count_between([many, many], 0.25, 2.0)
     assert below == 2 * int((many.abs() < 0.25).sum()) and len(inside) == 20_002 - below and inside.min() >= 0.25
+
+
+def test_threads_change_no_bit():
+    """Weights of several threads, a number that none of them divides."""
+    torch.manual_seed(0)
+    weight = torch.randn(23, 1009).requires_grad_()
+    assert weight.numel() > 20_000  # LARGE of the kernels
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        sparse = fast_feather(weight, 0.7, theta=0.5)
+        (gradient,) = torch.autograd.grad(sparse, weight, weight.detach())
+        below, inside = count_between([weight.detach()], 0.7, 0.8)
+        thresholded = fast_soft_threshold(weight, torch.tensor(0.7), True, True)
+        results.append([sparse, gradient, thresholded, torch.tensor(below), inside.sort().values])
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
+
+
+def test_a_compiler_without_threads_makes_kernels_for_one(monkeypatch):
+    asked = []
+
+    def without(options=(), source=None):
+        asked.append(options)
+        if options:
+            raise CompilerError('unknown option -fopenmp')
+        return compile_kernels(source=source)
+
+    monkeypatch.setattr(_kernels, 'compile_kernels', without)
+    kernels = _kernels.library.__wrapped__()
+    weight = torch.tensor([0.5, -2.0, 1.0])
+    sparse = torch.empty(3)
+    kernels.feather_forward(weight.data_ptr(), 3, 1.0, sparse.data_ptr(), 2)
+    assert asked == [['-fopenmp'], ()] and sparse.tolist() == [0, pytest.approx(-(7 ** (1 / 3))), 0]
 
 
 def test_weights_that_do_not_lie_side_by_side_are_left_to_the_formulas():

@@ -43,7 +43,7 @@ def forked(command, check, stdout=None, stderr=None, env=None):
     python, script, *words = command
     assert (python, script) == (sys.executable, ROOT / 'main.py') and not check
     with tempfile.NamedTemporaryFile('r') as file:
-        process = start_main(words, stdout.name if stdout else file.name, env)
+        process = start_main(words, output=stdout.name if stdout else file.name, environment=env)
         process.join()
         print(file.read())
     return subprocess.CompletedProcess(command, process.exitcode)

@@ -131,7 +131,7 @@ def test_sigkill_and_resume(tmp_path):
     words = [word for word in TINY if not word.startswith('--width')]
     words += ['--epochs=8', '--dropout=0.3', '--model=wrn10_1', '--amp', '--ptarget=0.9']
     program.main([*words, f'--out={tmp_path}/whole'])
-    killed = start_main([*words, f'--out={tmp_path}/same'], tmp_path / 'output.txt', before=die_in_step_14)
+    killed = start_main([*words, f'--out={tmp_path}/same'], output=tmp_path / 'output.txt', before=die_in_step_14)
     killed.join()
     assert killed.exitcode == -signal.SIGKILL and len(log_of(tmp_path / 'same')) == 4
     shutil.copytree(tmp_path / 'same', tmp_path / 'resumed')
