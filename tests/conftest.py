@@ -17,7 +17,7 @@ latency.SECONDS, latency.THREADS = 0.0, 1  # to measure a latency: the time is n
 latency.WARM_UP, latency.FEWEST = 0, 1
 result.commit = functools.cache(result.commit)  # two git commands a run
 
-
+torch.set_num_threads(1)  # on inputs this small threads gain nothing, and on a busy machine they wait for each other
 gc.collect()
 gc.freeze()  # what is imported stays, and need not be searched again and again
 gc.set_threshold(50_000, 20, 20)
@@ -28,7 +28,8 @@ PLAIN = (int, float, str, tuple, types.NoneType, types.FunctionType, types.Built
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """On inputs this small threads gain nothing, and on a busy machine they wait for each other."""
+    """After each test, as what a module's tests share is made before any fixture of the next one."""
+    yield
     torch.set_num_threads(1)
 
 
@@ -50,13 +51,14 @@ def structure_of(model):
 EXPORTED = {}
 
 
-@pytest.fixture(autouse=True)
-def exported_once(request, monkeypatch):
+@pytest.fixture(autouse=True, scope='module')
+def exported_once(request):
     """Export each structure of network once: it takes half a second, and many tests have the same few networks.
 
     But for free sizes, which comparisons in what reads the graph bind.
     """
     if request.module.__name__ in READING:
+        yield
         return
     export = graph.export
 
@@ -71,7 +73,9 @@ def exported_once(request, monkeypatch):
             EXPORTED[key] = export(model, args, kwargs, shapes)
         return EXPORTED[key]
 
-    monkeypatch.setattr(graph, 'export', once)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, 'export', once)
+        yield
 
 
 @pytest.fixture
