@@ -8,7 +8,6 @@ python main.py --shrink RUN, --sparse-compile RUN, --publish RUN, --evaluate FIL
 
 import contextlib
 import functools
-import os
 import shlex
 import sys
 import time
@@ -24,7 +23,7 @@ from args import parse
 from deploy.files import FileError, read_tensors, write_json, write_tensors
 from harness import commands, recalibrate, result, run_folder
 from harness.data import DataError, load
-from harness.training import keep_freed_memory, lr_factor, make_optimizer, one_step
+from harness.training import keep_freed_memory, lr_factor, make_optimizer, one_step, pick_device
 from harness.weights import start_weights
 from pruners import processes
 from pruners.processes import say
@@ -246,19 +245,6 @@ class Job:
             torch.cuda.set_rng_state(state['cuda_rng'].cpu(), self.device)
         self.done = state['done']
         return state['epoch']
-
-
-def pick_device(args):
-    """--device, or the GPU number --gpu where there is one, else the CPU."""
-    if args.device is None and (args.no_cuda or not torch.cuda.is_available()):
-        return torch.device('cpu')
-    device = torch.device(args.device or f'cuda:{args.gpu}')
-    if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:  # torchrun: a GPU for each process
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f'there is no device {device}: PyTorch finds {torch.cuda.device_count()} CUDA devices')
-    torch.backends.cudnn.benchmark = True
-    return device
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
-"""One step of training, in which every hook of a method has its place; the optimizer and the course of its learning rate."""
+"""One step of training, in which every hook of a method has its place; device, optimizer and course of the learning rate."""
 
 import contextlib
 import ctypes
 import math
+import os
 
 import torch
 from torch import nn
@@ -48,6 +49,19 @@ def backward(method, fit, batch, size):
         (loss * share if extra is None else loss * share + extra).backward()
         total = total + loss.detach() * len(labels)
     return total
+
+
+def pick_device(args):
+    """--device, or the GPU number --gpu where there is one, else the CPU."""
+    if args.device is None and (args.no_cuda or not torch.cuda.is_available()):
+        return torch.device('cpu')
+    device = torch.device(args.device or f'cuda:{args.gpu}')
+    if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:  # torchrun: a GPU for each process
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f'there is no device {device}: PyTorch finds {torch.cuda.device_count()} CUDA devices')
+    torch.backends.cudnn.benchmark = True
+    return device
 
 
 def keep_freed_memory():

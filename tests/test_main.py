@@ -23,7 +23,7 @@ import methods
 from args import COMMANDS, common_parser, parse
 from deploy.files import read_tensors as load_state
 from harness import run_folder
-from harness.training import lr_factor
+from harness.training import lr_factor, pick_device
 
 
 def from_the_shell(*words, cwd=ROOT):
@@ -323,10 +323,10 @@ def test_torchrun_gives_each_process_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
     monkeypatch.setenv('LOCAL_RANK', '3')
-    assert program.pick_device(parse(['--device=cuda'])) == program.pick_device(parse([])) == torch.device('cuda:3')
-    assert program.pick_device(parse(['--device=cpu'])) == torch.device('cpu')
+    assert pick_device(parse(['--device=cuda'])) == program.pick_device(parse([])) == torch.device('cuda:3')
+    assert pick_device(parse(['--device=cpu'])) == torch.device('cpu')
     monkeypatch.delenv('LOCAL_RANK')
-    assert program.pick_device(parse(['--gpu=2'])) == torch.device('cuda:2')
+    assert pick_device(parse(['--gpu=2'])) == torch.device('cuda:2')
 
 
 def test_cosine_is_pytorchs():
