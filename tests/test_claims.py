@@ -148,6 +148,17 @@ def test_what_the_readme_says_of_equal_milliseconds():
     assert abs(dense['accuracy'] - int8['accuracy']) < 0.1
 
 
+def test_what_the_readme_says_of_the_share_of_the_peak():
+    page = (ROOT / 'results' / 'bench' / 'sparse.md').read_text()
+    shares = {'3x3': [], '1x1': []}
+    for pixels, kernel, share in re.findall(r'(\d+)x\d+, (3x3|1x1): .*90% ([0-9.]+)', page):
+        if int(pixels) >= 8:
+            shares[kernel].append(float(share))
+    assert '3x3 layers come to about 0.4 to 0.5 of it, 1x1 layers to 0.35' in text()
+    assert len(shares['3x3']) >= 4 and all(0.38 <= share <= 0.5 for share in shares['3x3'])
+    assert len(shares['1x1']) >= 4 and all(share == pytest.approx(0.35, abs=0.03) for share in shares['1x1'])
+
+
 def headings(page):
     """The anchors of a page's headings."""
     words = re.findall(r'(?m)^#+ (.*)$', page)
