@@ -1076,13 +1076,27 @@ struct Job {
     float **buffers;
     int64_t *nanoseconds;             // of each step, or null
     int64_t threads;
-    std::vector<std::atomic<int64_t>> next;     // task of each step; empty for one thread
-    std::vector<std::atomic<int64_t>> arrived;  // threads that have finished it
-    Job(const Step *s, int64_t n, float **b, int64_t *ns, int64_t t) : steps(s), count(n), buffers(b), nanoseconds(ns), threads(t), next(t > 1 ? n : 0), arrived(next.size()) {
+    std::vector<std::atomic<int64_t>> next;     // of each step and thread, how many tasks of its share are taken; empty for one thread
+    std::vector<std::atomic<int64_t>> arrived;  // of each step, threads that have finished it
+    Job(const Step *s, int64_t n, float **b, int64_t *ns, int64_t t) : steps(s), count(n), buffers(b), nanoseconds(ns), threads(t), next(t > 1 ? n * t : 0), arrived(t > 1 ? n : 0) {
         for (auto &value : next) value = 0;
         for (auto &value : arrived) value = 0;
     }
 };
+
+// A thread's part of step i: its own share first, the same images and rows in each step, so that they are in its cache; then what
+// other threads have not begun.
+static void share_tasks(Job &job, int64_t i, int64_t tasks, int64_t thread, Scratch &scratch) {
+    const int64_t share = ceil_div(tasks, job.threads), some = most(1, share / 8);
+    for (int64_t turn = 0; turn < job.threads; turn++) {
+        const int64_t owner = (thread + turn) % job.threads, end = least(tasks, (owner + 1) * share);
+        for (;;) {
+            const int64_t first = owner * share + job.next[i * job.threads + owner].fetch_add(some);
+            if (first >= end) break;
+            for (int64_t task = first; task < least(end, first + some); task++) do_task(job.steps[i], job.buffers, task, scratch);
+        }
+    }
+}
 
 static void work(Job &job, int64_t thread, Scratch &scratch) {
     for (int64_t i = 0; i < job.count; i++) {
@@ -1093,12 +1107,7 @@ static void work(Job &job, int64_t thread, Scratch &scratch) {
         if (job.threads == 1) {
             for (int64_t task = 0; task < tasks; task++) do_task(s, job.buffers, task, scratch);
         } else {
-            const int64_t some = most(1, tasks / (job.threads * 8));
-            for (;;) {
-                const int64_t first = job.next[i].fetch_add(some);
-                if (first >= tasks) break;
-                for (int64_t task = first; task < least(tasks, first + some); task++) do_task(s, job.buffers, task, scratch);
-            }
+            share_tasks(job, i, tasks, thread, scratch);
             job.arrived[i].fetch_add(1);
             spin([&] { return job.arrived[i].load() == job.threads; });
         }
