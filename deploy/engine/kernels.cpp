@@ -1070,18 +1070,20 @@ static void spin(Condition done) {
     }
 }
 
+struct alignas(128) Counter {  // in a cache line of its own, or threads would wait for each other's lines
+    std::atomic<int64_t> value{0};
+};
+
 struct Job {
     const Step *steps;
     int64_t count;
     float **buffers;
     int64_t *nanoseconds;             // of each step, or null
     int64_t threads;
-    std::vector<std::atomic<int64_t>> next;     // of each step and thread, how many tasks of its share are taken; empty for one thread
-    std::vector<std::atomic<int64_t>> arrived;  // of each step, threads that have finished it
-    Job(const Step *s, int64_t n, float **b, int64_t *ns, int64_t t) : steps(s), count(n), buffers(b), nanoseconds(ns), threads(t), next(t > 1 ? n * t : 0), arrived(t > 1 ? n : 0) {
-        for (auto &value : next) value = 0;
-        for (auto &value : arrived) value = 0;
-    }
+    std::vector<Counter> next;     // of each step and thread, how many tasks of its share are taken; empty for one thread
+    std::vector<Counter> arrived;  // of each step, threads that have finished it
+    Job(const Step *s, int64_t n, float **b, int64_t *ns, int64_t t)
+        : steps(s), count(n), buffers(b), nanoseconds(ns), threads(t), next(t > 1 ? n * t : 0), arrived(t > 1 ? n : 0) {}
 };
 
 // A thread's part of step i: its own share first, the same images and rows in each step, so that they are in its cache; then what
@@ -1091,7 +1093,7 @@ static void share_tasks(Job &job, int64_t i, int64_t tasks, int64_t thread, Scra
     for (int64_t turn = 0; turn < job.threads; turn++) {
         const int64_t owner = (thread + turn) % job.threads, end = least(tasks, (owner + 1) * share);
         for (;;) {
-            const int64_t first = owner * share + job.next[i * job.threads + owner].fetch_add(some);
+            const int64_t first = owner * share + job.next[i * job.threads + owner].value.fetch_add(some);
             if (first >= end) break;
             for (int64_t task = first; task < least(end, first + some); task++) do_task(job.steps[i], job.buffers, task, scratch);
         }
@@ -1108,8 +1110,8 @@ static void work(Job &job, int64_t thread, Scratch &scratch) {
             for (int64_t task = 0; task < tasks; task++) do_task(s, job.buffers, task, scratch);
         } else {
             share_tasks(job, i, tasks, thread, scratch);
-            job.arrived[i].fetch_add(1);
-            spin([&] { return job.arrived[i].load() == job.threads; });
+            job.arrived[i].value.fetch_add(1);
+            spin([&] { return job.arrived[i].value.load() == job.threads; });
         }
         if (job.nanoseconds && thread == 0)
             job.nanoseconds[i] = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - began).count();
