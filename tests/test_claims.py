@@ -159,6 +159,14 @@ def test_what_the_readme_says_of_the_share_of_the_peak():
     assert len(shares['1x1']) >= 4 and all(share == pytest.approx(0.35, abs=0.03) for share in shares['1x1'])
 
 
+def test_what_the_pages_say_of_packed_networks():
+    page = (ROOT / 'results' / 'bench' / 'pack.md').read_text()
+    cases = re.findall(r'(?ms)^(resnet\d+), .*?^  packed .*? ([0-9.]+)x as fast', page)
+    assert len(cases) == 16 and all(float(ratio) >= 1 for _, ratio in cases)
+    large = [float(ratio) for name, ratio in cases if name == 'resnet18']
+    assert f'of ResNet-18 at 224x224 packing gives {min(large):.1f}x to {max(large):.1f}x' in text()
+
+
 def headings(page):
     """The anchors of a page's headings."""
     words = re.findall(r'(?m)^#+ (.*)$', page)
