@@ -21,7 +21,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator  # noqa: E402
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator  # noqa: E402
 
 import args as arguments  # noqa: E402
 from deploy.files import read_published  # noqa: E402
@@ -152,6 +152,7 @@ def draw_learning(table, name):
     for number, (row, line) in enumerate(found.items()):
         style = '-' if number < len(COLOURS) else '--'
         axes.plot(*zip(*line, strict=True), style, label=row, color=COLOURS[number % len(COLOURS)], linewidth=1.2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel('epochs')
     axes.set_ylabel('test accuracy, %')
     axes.set_title(table['title'], fontsize=10)

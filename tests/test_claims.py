@@ -59,8 +59,8 @@ CLAIMS = {
             or beyond_chance(runs, 'rigl-98', 'small-dense-98')
         )
     ),
-    'At 99 % ST-3-sigma loses 5.7 points; Feather is 4.6 above it, GMP 5.1': lambda runs: (
-        unlike_dense(runs, 99) == {'st3-sigma-99': -5.7}
+    'At 99 % ProbMask loses 7.6 points and ST-3-sigma 5.7; Feather is 4.6 above the latter, GMP 5.1': lambda runs: (
+        unlike_dense(runs, 99) == {'st3-sigma-99': -5.7, 'probmask-99': -7.6}
         and beyond_chance(runs, 'feather-99', 'st3-sigma-99') == 4.6
         and beyond_chance(runs, 'gmp-99', 'st3-sigma-99') == 5.1
     ),
@@ -108,6 +108,11 @@ CLAIMS = {
     'end three points lower after five epochs': lambda runs: all(
         2.5 < ten_epochs(runs, 'dense') - ten_epochs(runs, row) < 3.6 for row in ('l1_filter-30', 'fpgm-30')
     ),
+    'At equal MACs a narrow dense network, trained for ten epochs, lies above both filter criteria': lambda runs: all(
+        runs['cifar10_10ep']['small-dense-50', 0]['macs_dense'] < runs['cifar10_10ep'][row, 0]['small_macs']
+        and ten_epochs(runs, 'small-dense-50') > ten_epochs(runs, row)
+        for row in ('l1_filter-30', 'fpgm-30')
+    ),
     'In accuracy ADMM is first': lambda runs: (
         max(
             (result for result in runs['pruners'].values() if result.get('small_parameters') == 68786),
@@ -154,9 +159,9 @@ def test_what_the_readme_says_of_the_share_of_the_peak():
     for pixels, kernel, share in re.findall(r'(\d+)x\d+, (3x3|1x1): .*90% ([0-9.]+)', page):
         if int(pixels) >= 8:
             shares[kernel].append(float(share))
-    assert '3x3 layers come to about 0.4 to 0.5 of it, 1x1 layers to 0.35' in text()
-    assert len(shares['3x3']) >= 4 and all(0.38 <= share <= 0.5 for share in shares['3x3'])
-    assert len(shares['1x1']) >= 4 and all(share == pytest.approx(0.35, abs=0.03) for share in shares['1x1'])
+    assert '3x3 layers come to about 0.4 to 0.5 of it, 1x1 layers to about 0.35' in text()
+    assert len(shares['3x3']) >= 4 and all(round(share, 1) in (0.4, 0.5) for share in shares['3x3'])
+    assert len(shares['1x1']) >= 4 and all(share == pytest.approx(0.35, abs=0.035) for share in shares['1x1'])
 
 
 def test_what_the_pages_say_of_packed_networks():
