@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, Killed, kill_at, run_main, same_state
+from helpers import TINY, run_main, run_with_copies, same_state
 from torch import nn
 
 import archs
@@ -812,19 +812,15 @@ def test_the_best_validation_epoch_is_handed_on(tmp_path, monkeypatch):
             assert result['accuracy'] == max(scores)
 
 
-def test_a_kill_in_each_stage(tmp_path, monkeypatch):
-    """Two epochs a stage, so that each is continued in its middle and at its end, with the best network so far."""
+def test_a_kill_in_each_stage(tmp_path):
+    """Two epochs a stage, so that each is continued in its middle and at its end, with the best network so far.
+
+    Killed after epochs 1 and 2 of group learning, and 1 of the first cycle: two writes each, and one before.
+    """
     words = [*PIPELINE, '--limit-train=64']
-    expected = run_main(tmp_path / 'whole', *words)[1]
-    for number in (
-        7,
-        9,
-        11,
-    ):  # after epochs 1 and 2 of group learning, and 1 of the first cycle: two writes each, and one before
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_at(patch, number)
-            run_main(tmp_path / str(number), *words)
-        assert same_state(run_main(tmp_path / str(number), *words)[1], expected)
+    _, expected, copies = run_with_copies(tmp_path / 'whole', words)
+    for number in (7, 9, 11):
+        assert same_state(run_main(copies[number - 1], *words)[1], expected)
 
 
 def test_stages_alone_share_what_comes_before(tmp_path):

@@ -251,8 +251,10 @@ def test_bad_input_from_the_shell(tmp_path):
     done = from_the_shell('--data-dir', str(tmp_path), '--out', str(tmp_path / 'run'))
     assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'cifar-100-python/train' in done.stderr
     assert not (tmp_path / 'run').exists()
-    done = from_the_shell('--epochs=0')
-    assert done.returncode == 2 and done.stderr == 'main.py: error: argument --epochs: must be 1 or more, got 0\n'
+    process = start_main(['--epochs=0'], output=tmp_path / 'printed.txt')
+    process.join()
+    printed = (tmp_path / 'printed.txt').read_text()
+    assert process.exitcode == 2 and printed == 'main.py: error: argument --epochs: must be 1 or more, got 0\n'
 
 
 def test_a_failed_download_names_the_way_on(tmp_path, monkeypatch, capsys):
