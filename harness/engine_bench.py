@@ -286,14 +286,19 @@ def bench_sparse(device, repeats, names, say=print, cases=None):
     if missing():
         say(f'  not measured, not installed: {", ".join(missing())}')
     say(line('network, batch', [*chosen, 'gain']))
-    best = {case: dict.fromkeys(chosen, float('inf')) for case in cases or CASES}
-    for number in range(PASSES):
-        for (name, batch), times in best.items():
-            for engine, ms in measure(name, batch, threads, chosen).items():
-                times[engine] = min(ms, times[engine])
-            if number == PASSES - 1:
-                gain = min(ms for engine, ms in times.items() if engine != OURS) / times[OURS]
-                say(line(f'{name}, {batch}', [*(f'{times[engine]:.3f}' for engine in chosen), f'{gain:.2f}x']))
+    cases = cases or CASES
+    best = dict.fromkeys(cases, {})
+    for _ in range(PASSES - 1):
+        best = {case: faster(measure(*case, threads, chosen), best[case]) for case in cases}
+    for name, batch in cases:
+        times = faster(measure(name, batch, threads, chosen), best[name, batch])
+        fastest = min(ms for engine, ms in times.items() if engine != OURS)
+        say(line(f'{name}, {batch}', [*(f'{times[engine]:.3f}' for engine in chosen), f'{fastest / times[OURS]:.2f}x']))
+
+
+def faster(now, earlier):
+    """Of two readings {engine: milliseconds} the faster one of each engine."""
+    return {engine: min(time, earlier.get(engine, time)) for engine, time in (earlier | now).items()}
 
 
 def line(name, cells):

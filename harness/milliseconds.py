@@ -86,10 +86,8 @@ def faster(found, before):
     """A measured row with the faster readings of two; before: None, or the same network as it was measured earlier."""
     if before is None or before['accuracy'] != found['accuracy']:
         return found
-    times = {}
-    for batch, now in found['milliseconds'].items():
-        earlier = before['milliseconds'][batch]
-        times[batch] = {engine: min(time, earlier.get(engine, time)) for engine, time in (earlier | now).items()}
+    earlier = before['milliseconds']
+    times = {batch: engine_bench.faster(now, earlier[batch]) for batch, now in found['milliseconds'].items()}
     return found | {'milliseconds': times}
 
 

@@ -22,13 +22,12 @@ SOURCE = Path(__file__).with_name('_kernels.cpp')
 def library():
     """The kernels, compiled when they are needed for the first time on this machine. Raises CompilerError.
 
-    A compiler without OpenMP makes them for one thread.
+    Where the compiler has no OpenMP, or its runtime is not found, they are made for one thread.
     """
     try:
-        path = compile_kernels(['-fopenmp'], source=SOURCE)
-    except CompilerError:
-        path = compile_kernels(source=SOURCE)
-    kernels = ctypes.CDLL(str(path))
+        kernels = ctypes.CDLL(str(compile_kernels(['-fopenmp'], source=SOURCE)))
+    except (CompilerError, OSError):
+        kernels = ctypes.CDLL(str(compile_kernels(source=SOURCE)))
     pointer = ctypes.c_void_p
     whole = ctypes.c_int64
     real = ctypes.c_float

@@ -325,7 +325,7 @@ def test_torchrun_gives_each_process_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
     monkeypatch.setenv('LOCAL_RANK', '3')
-    assert pick_device(parse(['--device=cuda'])) == program.pick_device(parse([])) == torch.device('cuda:3')
+    assert pick_device(parse(['--device=cuda'])) == pick_device(parse([])) == torch.device('cuda:3')
     assert pick_device(parse(['--device=cpu'])) == torch.device('cpu')
     monkeypatch.delenv('LOCAL_RANK')
     assert pick_device(parse(['--gpu=2'])) == torch.device('cuda:2')
