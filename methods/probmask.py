@@ -23,12 +23,10 @@ and --ramp-end are not rounded to whole epochs.
 
 import itertools
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from pruners.momentum import MOMENTUM
 from sparse_utils import attach, bake, layers_to_prune
@@ -101,6 +99,37 @@ def most_probable(scores, weights, kept):
     return masks
 
 
+class _RelaxedWeight(torch.autograd.Function):
+    """weight * relaxed_mask(score, temp, noise), with the mask alone kept for the gradients (autograd keeps five tensors).
+
+    With m the mask, dw = g m and ds = g w m (1 - m) T (1 / (s + e) + 1 / (1 - s + e)), in autograd's order: no bit differs.
+    """
+
+    @staticmethod
+    def forward(weight, score, temp, noise):
+        mask = relaxed_mask(score, temp, noise)
+        return weight * mask, mask
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, score, temp, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(weight, score, temp, output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        weight, score, temp, mask = ctx.saved_tensors
+        slope = (grad * weight).mul_(1 - mask).mul_(mask).mul_(temp)
+        grad_score = slope / (score + EPS)
+        grad_score += slope.div_(1 - score + EPS)
+        return grad * mask, grad_score, None, None
+
+
+def relaxed_weight(weight, score, temp):
+    """The weight times a new relaxed mask, differentiable in weight and score."""
+    return _RelaxedWeight.apply(weight, score, temp, noise_like(score))[0]
+
+
 class Gate(nn.Module):
     """A parametrization: relaxed and random where a training forward is differentiated, else the hard mask."""
 
@@ -112,13 +141,8 @@ class Gate(nn.Module):
 
     def forward(self, weight):
         if self.training and torch.is_grad_enabled():
-            return weight * relaxed_mask(self.score, self.temperature, noise_like(self.score))
+            return relaxed_weight(weight, self.score, self.temperature)
         return torch.where(self.mask, weight, 0)
-
-
-def draw_again_in_backward(layer):
-    """Let the layer keep nothing of a drawn mask for the backward pass, which draws the same one: it would be five times w."""
-    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 class Method(Base):
@@ -157,7 +181,6 @@ class Method(Base):
         gates = {id(weight): Gate(weight, self.temperature) for weight in self.weights}
         for layer in self.layers:
             attach(layer, gates[id(layer.weight)])
-            draw_again_in_backward(layer)
         self.gates = list(gates.values())
         self.scores = [gate.score for gate in self.gates]
         self.total = sum(score.numel() for score in self.scores)
@@ -250,8 +273,6 @@ class Method(Base):
 
     def fix_masks(self):
         """Leave plain layers; from here on the masks hold their weights at zero."""
-        for layer in self.layers:
-            del layer.forward  # of draw_again_in_backward()
         bake(self.layers)
         self.masks = [gate.mask for gate in self.gates]
 

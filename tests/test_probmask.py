@@ -179,17 +179,38 @@ def test_values_and_gradients_are_finite_at_both_ends(u, monkeypatch):
         assert mask[-1] == 1 and score.grad[-1] == 0  # a sure weight is undisturbed: training starts dense
 
 
-def test_gradients_reach_weight_and_score():
-    weight = torch.randn(50, requires_grad=True)
-    gate = Gate(weight.detach(), torch.tensor(2.0))
-    gate.score.data.fill_(0.6)
+@pytest.mark.parametrize('temp', [1.0, 7.0, 100 / 3])
+def test_gradients_are_those_of_autograd_to_the_bit(temp):
+    weight = torch.randn(500, requires_grad=True)
+    gate = Gate(weight.detach(), torch.tensor(temp))
+    scores = torch.tensor([0.0, 1e-38, 1e-20, 1e-9, 0.5, EDGE, 1.0]).repeat(50)
+    gate.score.data.copy_(torch.cat([scores, torch.rand(150)]))
+    upstream = torch.randn(500)
     torch.manual_seed(1)
     out = gate(weight)
     torch.manual_seed(1)
-    mask = relaxed_mask(gate.score, 2.0, noise_like(gate.score))
-    assert torch.equal(out, weight * mask)
-    out.sum().backward()
-    assert torch.equal(weight.grad, mask.detach()) and (gate.score.grad != 0).all()
+    plain = weight * relaxed_mask(gate.score, gate.temperature, noise_like(gate.score))
+    assert torch.equal(out, plain)
+    ours = torch.autograd.grad(out, (weight, gate.score), upstream)
+    assert (ours[0] != 0).any() and (ours[1] != 0).any()
+    for gradient, expected in zip(ours, torch.autograd.grad(plain, (weight, gate.score), upstream), strict=True):
+        assert torch.equal(gradient, expected)
+
+
+def test_the_mask_alone_is_kept_for_the_gradients():
+    weight = torch.randn(50, requires_grad=True)
+    gate = Gate(weight.detach(), torch.tensor(2.0))
+    gate.score.data.fill_(0.6)
+    own = {tensor.data_ptr() for tensor in (weight, gate.score, gate.temperature)}
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        gate(weight)
+    assert len([tensor for tensor in kept if tensor.data_ptr() not in own]) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- the mask
