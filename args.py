@@ -145,6 +145,12 @@ def common_parser():
         choices=['default', 'reduce-overhead', 'max-autotune'],
         help='torch.compile the training forward; reduce-overhead uses CUDA graphs',
     )
+    add(
+        '--cuda-graphs',
+        action='store_true',
+        help='launch the kernels of a pass together, as they were recorded: the same numbers, sooner where a small network '
+        'leaves a GPU idle',
+    )
 
     place_flags(parser.add_argument_group('place').add_argument)
 

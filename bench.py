@@ -125,6 +125,7 @@ def trainer(device, size, batch, words=(), method='dense', target=0.9, network=S
         criterion=torch.nn.CrossEntropyLoss(),
         autocast=torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext(),
         example=images[:1],
+        replayed=None,
     )
     method.attach(fit)
     steps = itertools.count()

@@ -21,7 +21,7 @@ import archs
 import methods
 from args import parse
 from deploy.files import FileError, read_tensors, write_json, write_tensors
-from harness import commands, recalibrate, result, run_folder
+from harness import commands, graphs, recalibrate, result, run_folder
 from harness.data import DataError, load
 from harness.training import keep_freed_memory, lr_factor, make_optimizer, one_step, pick_device
 from harness.weights import start_weights
@@ -48,6 +48,7 @@ def main(argv=None):
         model = archs.from_args(args, data.num_classes, data.in_channels, data.image_size, copies)
         layers_to_prune(model, args.pthres)  # raises ValueError where there are none
         method = methods.load(args.method)(args)
+        graphs.check(args, device, method)
         recalibrate.check(model, vars(args).get('recalibrate_images'))
         if start := start_weights(args, data):
             method.start_from(model, *start)
@@ -104,6 +105,7 @@ class Job:
         self.done = {'epochs': 0, 'seconds': 0.0, 'best': 0.0}  # over all stages
         self.recalibrated = {}  # figures, once it is done
         self.writer = None
+        self.forward = None  # of evaluations within a stage, where it is not the model itself
 
     @functools.cached_property
     def example(self):
@@ -130,8 +132,12 @@ class Job:
             criterion=nn.CrossEntropyLoss(label_smoothing=args.label_smoothing),
             autocast=torch.autocast(self.device.type, torch.bfloat16) if args.amp else contextlib.nullcontext(),
             example=self.example,
+            replayed=None,
         )
         method.attach(fit)
+        if vars(args).get('cuda_graphs'):
+            fit.replayed = graphs.forward_backward(fit)
+            self.forward = graphs.forward(model)
         for epoch in range(self.restore(method, optimizer, stage), args.epochs):
             began = time.perf_counter()
             loss, images = self.train_epoch(method, fit, stage, epoch)
@@ -149,6 +155,7 @@ class Job:
             method.after_evaluation(line)
             self.end_epoch(line)
             self.save(method, optimizer, stage, epoch + 1)
+        self.forward = None
 
     def train_epoch(self, method, fit, stage, epoch):
         """The steps of one epoch -> (mean loss, number of images). Raises RunError when the loss is not finite."""
@@ -176,7 +183,7 @@ class Job:
 
     def evaluate(self, loader):
         """Accuracy in percent over a loader, in float32 and eval mode."""
-        return result.accuracy(self.model, loader)
+        return result.accuracy(self.model, loader, self.forward)
 
     def recalibrate(self):
         """Estimate the statistics of batch norms again, where --recalibrate says so and it was not done yet.

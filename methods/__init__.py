@@ -69,6 +69,7 @@ class Method:
     DATASET_DEFAULTS = {}  # those that belong to a data set, over its own: {'cifar10': {'std': (0.25, 0.24, 0.26)}}
     filters = False  # whether whole filters go, so that the result tells what shrinking the network gives
     idle = False  # whether it adds parameters that the forward pass does not use
+    replays = False  # whether all steps launch the same kernels on the same memory, as --cuda-graphs needs
     gives = 'zeros'  # 'zeros' in the original network, 'a smaller network', or 'the dense network'
 
     def __init__(self, args: Namespace):

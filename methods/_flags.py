@@ -5,7 +5,7 @@ import argparse
 # These may differ when a run is continued or looked up.
 # These say where and on what a run runs, not what it computes: they may differ when a run is continued or looked up.
 PLACE = ['command', 'out', 'resume', 'config', 'row', 'sname', 'chain']
-PLACE += ['data_dir', 'no_download', 'workers', 'device', 'gpu', 'no_cuda']
+PLACE += ['data_dir', 'no_download', 'workers', 'device', 'gpu', 'no_cuda', 'cuda_graphs']
 
 
 def positive(text):

@@ -135,6 +135,7 @@ class Masking(Base):
 
     regrow = False
     operator = Masked
+    replays = True
 
     def __init__(self, args):
         super().__init__(args)

@@ -5,6 +5,7 @@ from . import Method as Base
 
 class Method(Base):
     gives = 'the dense network'
+    replays = True
 
     def announce(self, model):
         pass  # nothing is pruned

@@ -19,6 +19,7 @@ class Method(Base):
         super().__init__(args)
         self.pruner = None
         self.kernels = False
+        self.replays = args.backbone != 'asl'  # which has a loss of its own
         if not 0 <= args.t1 < args.ramp_end * args.epochs:
             end = args.ramp_end * args.epochs
             raise ValueError(f'--t1 {args.t1} is not before epoch {end:g}, where the ramp ends (--ramp-end times --epochs)')

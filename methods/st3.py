@@ -153,6 +153,7 @@ def progress(done, start, end, power):
 
 
 class Method(Base):
+    replays = True
     DEFAULTS = {
         'model': 'resnet20',
         'dataset': 'cifar10',

@@ -330,7 +330,7 @@ def method_on(model, name, *words, steps=30):
     """(method, fit) on a model, as the loop has them before the first of `steps` steps; the words are main.py's."""
     method = methods.load(name)(parse([*TINY, f'--method={name}', *words]))
     method.prepare(model, steps, method.args)
-    fit = Namespace(args=method.args, batches=steps // method.args.epochs, model=model, forward=model)
+    fit = Namespace(args=method.args, batches=steps // method.args.epochs, model=model, forward=model, replayed=None)
     fit.optimizer = make_optimizer(method.args, method.param_groups(model, method.args))
     fit.criterion, fit.autocast, fit.example = nn.CrossEntropyLoss(), contextlib.nullcontext(), torch.zeros(1, 2, 6, 6)
     method.attach(fit)

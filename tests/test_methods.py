@@ -117,7 +117,7 @@ def test_other_image_sizes_channels_groups_and_amp(name):
     grouped = [id(p) for group in groups for p in group['params']]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())  # each parameter once
     batch = torch.randn(6, 1, 40, 40), torch.randint(0, 10, (6,))
-    fit = Namespace(args=args, batches=2, model=model, forward=model, optimizer=make_optimizer(args, groups))
+    fit = Namespace(args=args, batches=2, model=model, forward=model, replayed=None, optimizer=make_optimizer(args, groups))
     fit.criterion, fit.example = torch.nn.CrossEntropyLoss(), batch[0][:1]
     fit.autocast = torch.autocast('cpu', torch.bfloat16)
     method.attach(fit)
