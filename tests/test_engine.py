@@ -532,8 +532,28 @@ def test_kernels_under_sanitizers():
 def test_one_comparison_that_was_disturbed_does_not_give_the_engine_up(monkeypatch):
     model = sparse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 0.9)
     outcomes = [True, True, False]
-    monkeypatch.setattr(SparseNetwork, '_loses', lambda self, plan, inputs: outcomes.pop(0))
+    monkeypatch.setattr(SparseNetwork, '_loses', lambda self, *_: outcomes.pop(0))
     network = sparse_compile(model, torch.randn(1, 3, 8, 8), threads=1)
     assert not outcomes and 'PyTorch' not in network.report()[0]['kernel']
     outcomes += [True, True, True]
     assert sparse_compile(model, torch.randn(1, 3, 8, 8), threads=1).report()[0]['kernel'] == 'PyTorch: PyTorch is faster'
+
+
+@pytest.mark.parametrize('one_is_faster', [False, True])
+def test_more_threads_are_used_only_where_they_are_faster(monkeypatch, one_is_faster):
+    model = sparse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 0.9)
+    image = torch.randn(1, 3, 8, 8)
+    compared = []
+
+    def loses(self, function, other, threads):
+        function()
+        other()
+        compared.append(threads)
+        return one_is_faster and len(compared) <= 3  # three times, then the comparison with PyTorch
+
+    monkeypatch.setattr(SparseNetwork, '_loses', loses)
+    network = sparse_compile(model, image, threads=2)
+    assert {record['threads'] for record in network.report()} == {1 if one_is_faster else 2}
+    assert compared == [2] * (4 if one_is_faster else 2)
+    torch.testing.assert_close(network(image), model(image))
+    assert sparse_compile(model, image, threads=1).report()[0]['threads'] == 1
