@@ -77,6 +77,7 @@ def show(title, times, baseline, speedup=False):
 
 
 def bench_threshold(device, repeats, names):
+    keep_freed_memory()  # as main.py does
     for n in (1_092_960, 25_000_000):
         torch.manual_seed(0)
         weights = [part.clone() for part in torch.randn(n, device=device).split(n // 5 + 1)]

@@ -232,13 +232,31 @@ def count_between(weights: list[torch.Tensor], low: float, high: float) -> tuple
     for blocks in _chunks(weights):
         offset = blocks.abs().sub_(middle)
         balance.append(offset.sign().sum())  # magnitudes above the middle minus those below it
-        inside.append(blocks[offset.abs_().amin(1) <= reach])  # all blocks that may hold a magnitude of the bracket
+        inside.append(_near(blocks, offset.abs_(), reach))
         total += blocks.numel()
-    inside = torch.cat(inside).abs_().view(-1, BLOCK // 8)
-    inside = inside[(inside - middle).abs_().amin(1) <= reach]  # smaller blocks first: comparing single values is slow
-    inside = inside[(inside >= low) & (inside <= high)]
+    inside = torch.cat(inside).abs_()
+    inside = inside.index_select(0, _places((inside >= low) & (inside <= high)))
     below_middle = (total - int((inside == middle).sum()) - int(torch.stack(balance).sum(dtype=torch.float64))) // 2
     return below_middle - int((inside < middle).sum()), inside
+
+
+def _near(blocks, distance, reach):
+    """The weights of all groups of eight that have one within the reach: comparing single values is slow.
+
+    blocks, distance: [blocks, BLOCK], the weights and how far their magnitudes are from the middle of a bracket.
+    """
+    near = _places(distance.amin(1) <= reach)
+    if 2 * len(near) > len(blocks):  # a wide bracket: groups over the columns are the fastest to find in all of them
+        near = _places(distance.view(8, -1).amin(0) <= reach)
+        return blocks.view(8, -1).index_select(1, near).view(-1)
+    groups = blocks.index_select(0, near).view(-1, 8)
+    distance = distance.index_select(0, near).view(-1, 8)
+    return groups.index_select(0, _places(distance.amin(1) <= reach)).view(-1)
+
+
+def _places(mask):
+    """Where a vector of bools is True; with index_select() twice as fast as an index of bools."""
+    return mask.nonzero().view(-1)
 
 
 def _sampled_bracket(weights, n, k):

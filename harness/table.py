@@ -10,7 +10,7 @@ the range. Where rows have several seeds, as the dense one, a column has the dif
 interval by a paired t test. Accuracy is that of the last epoch on the test set, zeros and MACs are counted on the saved
 network, and where whole filters went also on the network without them; milliseconds, with `times: true` in the table, are
 those of that network and, in brackets, of the dense one in the same run; where single weights are zero, of the sparse engine
-and, in brackets, of PyTorch.
+and, in brackets, of PyTorch. They are of the seeds that were timed, on one machine, which the last line of a page counts.
 A table that was never run has a page too, with the published figures and "not run".
 README.md and results/README.md repeat some of these pages, between the comments <!-- results/NAME.md --> and <!-- end -->;
 both commands see to those too.
@@ -267,11 +267,11 @@ def has_single_zeros(result):
 
 
 def milliseconds(runs, batch, fast='small', dense='dense'):
-    """Of the shrunk network, or in the sparse engine, and, in brackets, of the dense one, for a batch."""
-    finished = finished_of(runs)
-    if not finished or not all(f'{fast}_ms_{batch}' in run for run in finished):
+    """Of the shrunk network, or in the sparse engine, and, in brackets, of the dense one, for a batch; of the runs timed."""
+    timed = [run for run in finished_of(runs) if f'{fast}_ms_{batch}' in run]
+    if not timed:
         return ''
-    ours, theirs = (mean(run[f'{name}_ms_{batch}'] for run in finished) for name in (fast, dense))
+    ours, theirs = (mean(run[f'{name}_ms_{batch}'] for run in timed) for name in (fast, dense))
     return f'{ours:.{3 if ours < 0.1 else 2}f} ({theirs:.2f})'
 
 

@@ -11,6 +11,7 @@ from helpers import read_few_digits
 import main as program
 from deploy import graph, latency
 from harness import data, result
+from pruners import compressor
 
 data.read_digits = read_few_digits  # an epoch of the tests' runs has 96 images; 64 are enough to test it on
 latency.SECONDS, latency.THREADS = 0.0, 1  # to measure a latency: the time is not what is tested
@@ -49,11 +50,12 @@ def structure_of(model):
 
 
 EXPORTED = {}
+NORMS = {}
 
 
 @pytest.fixture(autouse=True, scope='module')
 def exported_once(request):
-    """Export each structure of network once: it takes half a second, and many tests have the same few networks.
+    """Export each structure of network once, and look for its batch norms once: many tests have the same few networks.
 
     But for free sizes, which comparisons in what reads the graph bind.
     """
@@ -73,8 +75,19 @@ def exported_once(request):
             EXPORTED[key] = export(model, args, kwargs, shapes)
         return EXPORTED[key]
 
+    batch_norms = compressor.batch_norms
+
+    def norms_once(model):  # a class of pruners asks each time it is made
+        key = structure_of(model)
+        if key is None:
+            return batch_norms(model)
+        if key not in NORMS:
+            NORMS[key] = batch_norms(model)
+        return dict(NORMS[key])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph, 'export', once)
+        patch.setattr(compressor, 'batch_norms', norms_once)
         yield
 
 

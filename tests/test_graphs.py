@@ -11,7 +11,7 @@ WORDS = ['--limit-train=80', '--ptarget=0.9', '--val-size=40']  # two whole batc
 METHODS = ['dense', 'feather', 'st3', 'gmp', 'rigl', 'ac_dc', 'spartan']
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', ['feather', 'rigl'])
 def test_a_run_is_the_same_where_passes_are_replayed(tmp_path, monkeypatch, method):
     calls = []
 
