@@ -38,20 +38,15 @@ def recorded(function, inputs, state=()):
     """
     places = [tensor.clone() for tensor in inputs]
     before = [tensor.clone() for tensor in state]
-    draws = torch.cuda.get_rng_state()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            function(*places)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_rng_state(draws)
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            result = function(*places)
-    except RuntimeError as error:
-        raise ValueError(f'--cuda-graphs cannot record this network: {" ".join(str(error).split())[:150]}') from None
+    with torch.cuda.device(places[0].device):
+        warm_up(function, places)
+        try:
+            with torch.cuda.graph(graph):
+                result = function(*places)
+        except RuntimeError as error:
+            reason = ' '.join(str(error).split())[:150]
+            raise ValueError(f'--cuda-graphs cannot record this network: {reason}') from None
     for tensor, old in zip(state, before, strict=True):
         tensor.copy_(old)
 
@@ -62,6 +57,18 @@ def recorded(function, inputs, state=()):
         return result
 
     return replay
+
+
+def warm_up(function, inputs):
+    """Run a function some times, on a stream of its own as recording asks for; what it draws does not count."""
+    draws = torch.cuda.get_rng_state()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            function(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_rng_state(draws)
 
 
 def forward_backward(fit):
