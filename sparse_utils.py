@@ -228,29 +228,27 @@ def count_between(weights: list[torch.Tensor], low: float, high: float) -> tuple
     reach = 0.51 * (high - low) + 1e-6 * high
     total = 0
     balance = []
-    found = []
+    groups = []
+    inside = []
     for blocks in _chunks(weights):
         offset = blocks.abs().sub_(middle)
         balance.append(offset.sign().sum())  # magnitudes above the middle minus those below it
-        found.append(_near(blocks, offset.abs_(), reach))
+        distance = offset.abs_()
+        near = _places(distance.amin(1) <= reach)  # blocks that may hold a magnitude of the bracket
+        if 2 * len(near) <= len(blocks):
+            groups.append(blocks.index_select(0, near).view(-1, 8))
+        else:  # most of them do, as the bracket is wide: eight weights at a time, by columns, which is the fastest
+            near = _places(distance.view(8, -1).amin(0) <= reach)
+            inside.append(blocks.view(8, -1).index_select(1, near).view(-1))
         total += blocks.numel()
-    whole = [part for part in found if part.shape[1] == BLOCK]
-    groups = torch.cat([weights[0].new_empty(0, BLOCK), *whole]).view(-1, 8)  # comparing single values would be slow
-    groups = groups.index_select(0, _places(groups.abs().sub_(middle).abs_().amin(1) <= reach))
-    columns = [part.view(-1) for part in found if part.shape[1] != BLOCK]
-    inside = torch.cat([groups.view(-1), *columns]).abs_()
+    if groups:  # smaller blocks first: comparing single values is slow
+        groups = torch.cat(groups)
+        near = _places(groups.abs().sub_(middle).abs_().amin(1) <= reach)
+        inside.append(groups.index_select(0, near).view(-1))
+    inside = torch.cat(inside).abs_()
     inside = inside.index_select(0, _places((inside >= low) & (inside <= high)))
     below_middle = (total - int((inside == middle).sum()) - int(torch.stack(balance).sum(dtype=torch.float64))) // 2
     return below_middle - int((inside < middle).sum()), inside
-
-
-def _near(blocks, distance, reach):
-    """The blocks that have a weight within the reach, [blocks, BLOCK], or groups of eight that do, as columns [8, groups]."""
-    near = _places(distance.amin(1) <= reach)
-    if 2 * len(near) <= len(blocks):
-        return blocks.index_select(0, near)
-    near = _places(distance.view(8, -1).amin(0) <= reach)  # a wide bracket has a weight in most blocks
-    return blocks.view(8, -1).index_select(1, near)
 
 
 def _places(mask):

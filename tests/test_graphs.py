@@ -17,7 +17,7 @@ def test_a_run_is_the_same_where_passes_are_replayed(tmp_path, monkeypatch, meth
 
     def recorded(function, inputs, state=()):
         def replay(*now):
-            calls.append(function.__name__ if hasattr(function, '__name__') else 'evaluation')
+            calls.append(getattr(function, '__name__', 'evaluation'))
             assert [tensor.shape for tensor in now] == [tensor.shape for tensor in inputs]
             return function(*now)
 
