@@ -102,7 +102,7 @@ class Job:
         self.train = data.train
         self.val = data.val
         self.test = data.test
-        self.done = {'epochs': 0, 'seconds': 0.0, 'best': 0.0}  # over all stages
+        self.done = {'epochs': 0, 'epochs_on': {}, 'seconds': 0.0, 'best': 0.0}  # over all stages; epochs_on: by hardware
         self.recalibrated = {}  # figures, once it is done
         self.writer = None
         self.forward = None  # of evaluations within a stage, where it is not the model itself
@@ -204,6 +204,8 @@ class Job:
 
         run_folder.log(self.folder, line, self.done['epochs'])
         self.done['epochs'] += 1
+        here = result.hardware(self.device)
+        self.done['epochs_on'][here] = self.done['epochs_on'].get(here, 0) + 1
         self.done['seconds'] += line['seconds']
         self.done['best'] = max(self.done['best'], line['accuracy'])
         if processes.rank() == 0:
@@ -251,6 +253,7 @@ class Job:
         if 'cuda_rng' in state and self.device.type == 'cuda':
             torch.cuda.set_rng_state(state['cuda_rng'].cpu(), self.device)
         self.done = state['done']
+        self.done.setdefault('epochs_on', {'unknown hardware': self.done['epochs']})  # files from before it was written down
         return state['epoch']
 
 

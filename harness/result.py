@@ -43,6 +43,17 @@ def hardware(device):
     return f'{name}, {torch.get_num_threads()} threads'
 
 
+def trained_on(epochs_on, here):
+    """The hardware a run names: that of this process, or, of a run that went on elsewhere, how many epochs each did.
+
+    trained_on({'NVIDIA H200': 84, 'EPYC, 1 threads': 76}, 'EPYC, 1 threads')
+    -> '84 epochs on NVIDIA H200, 76 epochs on EPYC, 1 threads'
+    """
+    if set(epochs_on) <= {here}:
+        return here
+    return ', '.join(f'{number} epochs on {name}' for name, number in epochs_on.items())
+
+
 def totals(counts):
     """{name: (a, b)} -> (sum of a, sum of b)."""
     return sum(a for a, _ in counts.values()), sum(b for _, b in counts.values())
@@ -86,7 +97,7 @@ def measure(job, method):
         'gives': method.gives,
         'epochs': job.done['epochs'],
         'seconds': round(job.done['seconds'], 3),
-        'device': hardware(job.device),
+        'device': trained_on(job.done['epochs_on'], hardware(job.device)),
         'torch': torch.__version__,
         'commit': commit(),
         'data': job.data.source,
