@@ -49,6 +49,18 @@ def logged(table, row, epoch, seed=0):
     return json.loads((ROOT / f'results/logs/{table}/{row}-s{seed}.jsonl').read_text().splitlines()[epoch - 1])
 
 
+def finished(runs, row):
+    """(epochs, accuracy) of a row of ST-3's table on CIFAR-10, where two rows and no others are recorded."""
+    assert runs['st3/cifar10'].keys() == {('dense', 0), ('st3-98', 0)}
+    run = runs['st3/cifar10'][row, 0]
+    return run['epochs'], run['accuracy']
+
+
+def epochs_at_speed(row, speed):
+    """How many epochs of a row of ST-3's table on CIFAR-10 saw at least `speed` images a second: those on a GPU."""
+    return sum(logged('st3/cifar10', row, epoch)['images_per_second'] >= speed for epoch in range(1, 161))
+
+
 def macs_nonzero(runs, row):
     """Of a row of the ten epochs, its seeds' mean."""
     return statistics.fmean(run['macs_nonzero'] for (name, _), run in runs['cifar10_10ep'].items() if name == row)
@@ -135,6 +147,10 @@ CLAIMS = {
     "with two thirds of ST-3's MACs": lambda runs: (
         macs_nonzero(runs, 'st3-sigma-98') / macs_nonzero(runs, 'st3-98') == pytest.approx(2 / 3, abs=0.03)
     ),
+    'two rows are there, with all of their 160 epochs: dense 91.40 %': lambda runs: finished(runs, 'dense') == (160, 91.4),
+    '98 % zeros 81.47 %': lambda runs: finished(runs, 'st3-98') == (160, 81.47),
+    '(epochs 1 to 81 on an NVIDIA H200, the others on a CPU)': lambda runs: epochs_at_speed('dense', 2000) == 81,
+    '(1 to 43 on the H200)': lambda runs: epochs_at_speed('st3-98', 2000) == 43,
     'STR stops at 90 % zeros (79.8 % accuracy)': lambda runs: (
         round(100 * logged('cifar10_10ep', 'str-98', 9)['sparsity']) == 90
         and round(logged('cifar10_10ep', 'str-98', 9)['accuracy'], 1) == 79.8

@@ -129,7 +129,7 @@ def die_in_step_14():
 
 
 def test_sigkill_and_resume(tmp_path):
-    """A real process, really killed: once with the same command again, once with --resume, as if on another machine."""
+    """A real process, really killed: once with the same command again, once with --resume, as if begun by an older main.py."""
     words = [word for word in TINY if not word.startswith('--width')]
     words += ['--epochs=8', '--dropout=0.3', '--model=wrn10_1', '--amp', '--ptarget=0.9']
     program.main([*words, f'--out={tmp_path}/whole'])
@@ -138,7 +138,7 @@ def test_sigkill_and_resume(tmp_path):
     assert killed.exitcode == -signal.SIGKILL and len(log_of(tmp_path / 'same')) == 4
     shutil.copytree(tmp_path / 'same', tmp_path / 'resumed')
     checkpoint = load_state(tmp_path / 'resumed' / 'checkpoint.pt')
-    checkpoint['done']['epochs_on'] = {'an older GPU': 4}
+    del checkpoint['done']['epochs_on']
     write_tensors(checkpoint, tmp_path / 'resumed' / 'checkpoint.pt')
     program.main([*words, f'--out={tmp_path}/same'])
     program.main([f'--resume={tmp_path}/resumed'])
@@ -146,7 +146,7 @@ def test_sigkill_and_resume(tmp_path):
         assert same_state(read_run(tmp_path / name)[1], read_run(tmp_path / 'whole')[1])
     here = hardware(torch.device('cpu'))
     devices = [read_run(tmp_path / name)[0]['device'] for name in ('whole', 'same', 'resumed')]
-    assert devices == [here, here, f'4 epochs on an older GPU, 4 epochs on {here}']
+    assert devices == [here, here, f'4 epochs on unknown hardware, 4 epochs on {here}']
 
 
 def test_other_arguments_are_refused_with_the_differences(tmp_path, capsys):
